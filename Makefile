@@ -1,0 +1,44 @@
+PYTHON ?= python3
+BIN := .venv/bin
+ENV := .venv/.installed
+MAKEFLAGS += --no-print-directory
+
+.PHONY: demo test lint typecheck unit docs test-slow clean
+
+demo: $(ENV)
+	$(BIN)/mmzoo demo
+
+# Cheap checks first. One make for each, so that -j cannot mix their output or their order.
+test: $(ENV)
+	$(MAKE) lint
+	$(MAKE) typecheck
+	$(MAKE) unit
+	$(MAKE) docs
+
+lint: $(ENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(ENV)
+	$(BIN)/mypy
+
+# `python -m pytest` puts the repository root first on sys.path: the harder case for the folder named kernels.
+unit: $(ENV)
+	$(BIN)/python -m pytest
+
+# Without --quiet, which would also silence the warnings that --strict counts. The variable silences the theme's notice
+# about its successor.
+docs: $(ENV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test-slow: $(ENV)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+clean:
+	rm -rf .venv build dist site *.egg-info */*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
+
+# The stamp is written last: an interrupted installation is done again.
+$(ENV): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
+	touch $@

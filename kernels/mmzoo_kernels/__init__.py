@@ -1,0 +1,1 @@
+"""Attention masks as tiles, and fused kernels beside their naive references."""

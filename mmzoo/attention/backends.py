@@ -1,0 +1,161 @@
+"""Backends: how a rule is executed. Each says whether it can express a rule and, if not, why.
+
+Shape legend: B batch, H query heads, G key/value heads, Q queries, K keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmzoo.attention.compiler import allowed
+from mmzoo.errors import InputError, UnsupportedMask
+from mmzoo.layout import TokenLayout
+from mmzoo.masks.rule import Rule
+
+Rules = Rule | tuple[Rule, Rule]
+"""One softmax, or the pair of a two-softmax attention."""
+
+
+class Backend(Protocol):
+    """What runs `softmax(scale * query key^T restricted to the open pairs) value`."""
+
+    name: str
+
+    def refuses(self, rule: Rule) -> str | None:
+        """Why this backend cannot express the rule, or None."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+        """[B, H, Q, D] from query [B, H, Q, D], key and value [B, G, K, D], mask bool [B, Q, K] or [B, 1, Q, K]."""
+
+
+class Eager:
+    """Softmax written out: the slow twin that every other backend is compared with."""
+
+    name = "eager"
+
+    def refuses(self, rule: Rule) -> str | None:
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+        return eager_attention(query, key, value, mask, scale)[0]
+
+
+class SDPA:
+    """torch's `scaled_dot_product_attention` with a boolean mask."""
+
+    name = "sdpa"
+
+    def refuses(self, rule: Rule) -> str | None:
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+        mask = mask if mask.dim() == 4 else mask[:, None]
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+class Refusing:
+    """A backend of transformers that would drop the mask, or that mmzoo does not drive yet."""
+
+    def __init__(self, name: str, reason: str):
+        self.name, self.reason = name, reason
+
+    def refuses(self, rule: Rule) -> str | None:
+        return self.reason
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+        raise UnsupportedMask(self.name, "any", self.reason, WORKING)
+
+
+_DROPS = "transformers drops every mask but padding under flash attention"
+WORKING = ("sdpa", "eager")
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Eager(),
+        SDPA(),
+        *(Refusing(f"flash_attention_{version}", _DROPS) for version in (2, 3, 4)),
+        Refusing("flex_attention", "mmzoo does not build block masks for it"),
+    )
+}
+
+
+def backend(name: str, *rules: Rule) -> Backend:
+    """A backend by name that can express all the given rules.
+
+    Raises:
+        InputError: no such backend.
+        UnsupportedMask: it cannot express one of the rules.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"Unknown attention backend {name!r}. Known: {', '.join(BACKENDS)}.")
+    for rule in rules:
+        reason = BACKENDS[name].refuses(rule)
+        if reason is not None:
+            raise UnsupportedMask(name, rule.name, reason, WORKING)
+    return BACKENDS[name]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: Rules,
+    queries: TokenLayout,
+    keys: TokenLayout | None = None,
+    *,
+    attention: str = "sdpa",
+    scale: float | None = None,
+) -> Tensor:
+    """Attention under a rule: [B, H, Q, D].
+
+    A query without an open key gives 0, or the mean over the fallback's keys where the rule says so. A pair of rules
+    is two-softmax attention: the outputs are added.
+
+    Args:
+        query: [B, H, Q, D].
+        key, value: [B, G, K, D]; H is a multiple of G, and nothing is repeated beforehand.
+        rule: one rule, or the pair of a two-softmax attention.
+        queries: layout of the queries. keys: layout of the keys; None is self-attention.
+        attention: name of the backend.
+        scale: D ** -0.5 if None.
+    """
+    rules = rule if isinstance(rule, tuple) else (rule,)
+    run = backend(attention, *rules)
+    outputs = []
+    for one in rules:
+        mask = allowed(one, queries, keys)
+        output = run(query, key, value, mask, scale)
+        if one.fallback is not None:
+            mean = _mean_over(allowed(one.fallback, queries, keys), value, query.shape[1])
+            output = torch.where(mask.any(-1)[:, None, :, None], output, mean)
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+
+
+def _mean_over(mask: Tensor, value: Tensor, heads: int) -> Tensor:
+    weights = mask.to(value.dtype)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    return (weights[:, None] @ value).repeat_interleave(heads // value.shape[1], 1)
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Q, D] and weights [B, H, Q, K]; a query without an open key has weights 0.
+
+    The softmax runs in float32, in float64 for float64 inputs.
+    """
+    mask = mask if mask.dim() == 4 else mask[:, None]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    precision = torch.promote_types(query.dtype, torch.float32)
+    scores = (query @ key.transpose(-1, -2) * scale).to(precision)
+    weights = scores.masked_fill(~mask, torch.finfo(precision).min).softmax(-1)
+    weights = F.dropout(weights.masked_fill(~mask, 0).to(query.dtype), dropout)
+    return weights @ value, weights

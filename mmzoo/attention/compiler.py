@@ -1,0 +1,74 @@
+"""The mask compiler: layout + rule -> compact arrays, and what they say about prefill and decoding.
+
+Shape legend: B batch, L tokens, Q queries, K keys, T terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmzoo.errors import UnsupportedMask
+from mmzoo.layout import TokenLayout
+from mmzoo.masks.rule import Rule, Term
+from mmzoo_kernels.masks import HIGHEST, LOWEST, OUTSIDE, CompactMask
+
+
+def compact(rule: Rule, queries: TokenLayout, keys: TokenLayout | None = None) -> CompactMask:
+    """The compact arrays of a rule's terms. `keys` defaults to the queries (self-attention).
+
+    Every relation is an interval of the key's value. Classes fold into it: a query outside the class gets an empty
+    interval, a key outside it a value below every interval.
+
+    Raises:
+        UnsupportedMask: the rule is a function, which no list of terms can say.
+    """
+    if rule.function is not None:
+        raise UnsupportedMask("compact arrays", rule.name, "it is a function, not a list of terms", ["eager"])
+    keys = queries if keys is None else keys
+    columns = [_interval(term, queries, keys) for term in rule.terms]
+    lower, upper, value = (torch.stack(parts, -1) for parts in zip(*columns, strict=True))
+    return CompactMask(queries.sample, keys.sample, lower, upper, value)
+
+
+def _interval(term: Term, queries: TokenLayout, keys: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
+    relation = term.relation
+    query, key = relation.query.of(queries), relation.key.of(keys)
+    upper = torch.full_like(query, HIGHEST) if relation.kind == "always" else query
+    lower = torch.full_like(query, LOWEST) if relation.kind != "same" else query
+    if relation.window is not None:
+        lower = query - relation.window + 1
+    member = term.query.of(queries)
+    return (
+        torch.where(member, lower, HIGHEST).to(torch.int32),
+        torch.where(member, upper, LOWEST).to(torch.int32),
+        torch.where(term.key.of(keys), key, OUTSIDE).to(torch.int32),
+    )
+
+
+def allowed(rule: Rule, queries: TokenLayout, keys: TokenLayout | None = None, *, rows: slice = slice(None)) -> Tensor:
+    """bool [B, Q, K], True = may attend; of any rule, functions included.
+
+    Args:
+        rows: only these queries. Values such as a concentric position need the whole sequence, so a chunk of queries
+            is a slice of rows, not a slice of the layout.
+    """
+    keys = queries if keys is None else keys
+    opened = None
+    if rule.terms:
+        terms = Rule(rule.name, rule.terms)
+        opened = compact(terms, queries, keys).rows(rows).dense()
+    if rule.function is None:
+        assert opened is not None
+        return opened
+    same = (queries.sample[:, rows, None] == keys.sample[:, None]) & keys.valid[:, None]
+    said = rule.function(queries, keys)[:, rows] & same
+    return said if opened is None else opened | said
+
+
+def prefill_cuts(rule: Rule, layout: TokenLayout) -> list[int]:
+    """Where a prefill may be cut: every c in 1..L-1 such that no token before c sees one at or after c."""
+    length = len(layout)
+    places = torch.arange(length, device=layout.data.device)
+    last_seen = torch.where(allowed(rule, layout), places, -1).amax((0, 2)).cummax(0).values
+    return (places[1:][last_seen[:-1] < places[1:]]).tolist()

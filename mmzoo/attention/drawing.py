@@ -1,0 +1,128 @@
+"""Masks are looked at, not read: a rule over a layout as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmzoo.attention.compiler import allowed
+from mmzoo.files import replacing
+from mmzoo.layout import Modality, Role, TokenLayout
+from mmzoo.masks.rule import Rule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CLASSES = {
+    "prompt text": "#4c72b0",
+    "answer text": "#55a868",
+    "image": "#dd8452",
+    "video": "#c44e52",
+    "audio": "#8172b3",
+    "latent": "#937860",
+    "query": "#da8bc3",
+    "padding": "#cccccc",
+}
+_ODD_SEGMENT = 0.72
+"""Neighbouring frames and media alternate in brightness by this factor, so that one can count them."""
+
+
+def draw(
+    rule: Rule | tuple[Rule, Rule],
+    queries: TokenLayout,
+    path: str | Path,
+    keys: TokenLayout | None = None,
+    *,
+    row: int = 0,
+    title: str | None = None,
+) -> Path:
+    """Write a PNG of the mask of one batch row, queries downwards and keys to the right; a dark cell is an open pair.
+
+    Both axes carry the token classes in colour; a legend names them. Two-softmax attention is drawn side by side.
+
+    Args:
+        rule: the rule, or the pair of a two-softmax attention.
+        queries: layout of the queries.
+        path: where the PNG goes; it appears there whole or not at all.
+        keys: layout of the keys; None is self-attention.
+        row: which row of the batch.
+        title: the rule's name if None.
+
+    Returns:
+        The path.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rules = rule if isinstance(rule, tuple) else (rule,)
+    figure, axes = pyplot.subplots(1, len(rules), figsize=(5.2 * len(rules), 5.6), squeeze=False)
+    shown: set[str] = set()
+    for one, axis in zip(rules, axes[0], strict=True):
+        shown |= _draw_one(axis, one, queries, keys or queries, row)
+        axis.set_title(title or one.name, fontsize=12, pad=22)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=CLASSES[name]) for name in CLASSES if name in shown]
+    names = [name for name in CLASSES if name in shown]
+    figure.legend(handles, names, loc="lower center", ncol=min(len(names), 4), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    pyplot.close(figure)
+    return Path(path)
+
+
+def token_classes(layout: TokenLayout, row: int = 0) -> list[str]:
+    """The name of each token's class in the legend."""
+    names = []
+    for valid, modality, role in zip(
+        layout.valid[row].tolist(), layout.modality[row].tolist(), layout.role[row].tolist(), strict=True
+    ):
+        if not valid:
+            names.append("padding")
+        elif modality == Modality.TEXT:
+            names.append("answer text" if role == Role.ANSWER else "prompt text")
+        else:
+            names.append(Modality(modality).name.lower())
+    return names
+
+
+def _colours(layout: TokenLayout, row: int) -> tuple[torch.Tensor, set[str]]:
+    from matplotlib.colors import to_rgb
+
+    names = token_classes(layout, row)
+    run = layout.runs("segment", "frame")[row].tolist()
+    shades = [
+        [c * (_ODD_SEGMENT if run[i] % 2 and "text" not in name else 1) for c in to_rgb(CLASSES[name])]
+        for i, name in enumerate(names)
+    ]
+    return torch.tensor(shades), set(names)
+
+
+def _draw_one(axis: Axes, rule: Rule, queries: TokenLayout, keys: TokenLayout, row: int) -> set[str]:
+    mask = allowed(rule, queries, keys)[row].float().cpu()
+    (left, left_names), (top, top_names) = _colours(queries, row), _colours(keys, row)
+    num_queries, num_keys = mask.shape
+    picture = 0.97 - 0.97 * mask[..., None] * (1 - 0.55 * left[:, None])
+    axis.imshow(
+        picture.clamp(0, 1).numpy(), interpolation="nearest", extent=(0, num_keys, num_queries, 0), aspect="auto"
+    )
+    bar = 0.035
+    for strip, box in (
+        (top[None], (0.0, 1.01, 1.0, bar)),
+        (left[:, None], (-bar - 0.01, 0.0, bar, 1.0)),
+    ):
+        inset = axis.inset_axes(box)
+        inset.imshow(strip.numpy(), interpolation="nearest", aspect="auto")
+        inset.set_axis_off()
+    if max(num_queries, num_keys) <= 48:
+        axis.set_xticks(range(num_keys + 1), minor=True)
+        axis.set_yticks(range(num_queries + 1), minor=True)
+        axis.grid(which="minor", color="white", linewidth=0.6)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(which="both", length=0, labelsize=8, left=False, labelleft=False)
+    axis.set_xlabel("key")
+    axis.set_ylabel("query", labelpad=16)
+    return left_names | top_names

@@ -1,0 +1,320 @@
+"""Any Hugging Face causal language model, driven by layout + rule + scheme.
+
+The backbone stays a stock transformers model. It is handed inputs_embeds, explicit position ids and a ready mask; all
+three are derived here from the TokenLayout that travels with the batch.
+
+Shape legend: B batch, L tokens, K layout fields, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mmzoo import masks, positions
+from mmzoo.attention.compiler import prefill_cuts
+from mmzoo.attention.transformers import IMPLEMENTATIONS, by_layer_type, implementation, mask_for
+from mmzoo.errors import InputError, UnsupportedMask
+from mmzoo.layout import TokenLayout, batch, lay_out, text
+
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else ("past_key_values")
+)
+"""What this version of transformers calls the key/value cache."""
+
+
+class MultimodalConfig(PreTrainedConfig):
+    """Configuration of a language model driven by layout + rule + scheme.
+
+    Attributes:
+        text_config: the backbone's own transformers configuration.
+        rule: name of the mask in `mmzoo.masks.RULES`.
+        rule_options: keyword arguments of that rule.
+        scheme: name of the positions in `mmzoo.positions.SCHEMES`.
+        scheme_options: keyword arguments of that scheme.
+    """
+
+    model_type = "mmzoo_language"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        rule: str = "causal",
+        rule_options: dict[str, Any] | None = None,
+        scheme: str = "sequential",
+        scheme_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.rule, self.rule_options = rule, rule_options or {}
+        self.scheme, self.scheme_options = scheme, scheme_options or {}
+        super().__init__(**kwargs)
+
+
+class MultimodalLM(PreTrainedModel, GenerationMixin):
+    """Base of the understanding models. A family adds its encoder and connector and overrides `embed`.
+
+    `forward` and `generate` take the ids with every media token in place, and the batch's layout [B, L, K].
+    """
+
+    config: MultimodalConfig
+    config_class = MultimodalConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+    media_inputs: tuple[str, ...] = ()
+
+    def __init__(self, config: MultimodalConfig):
+        super().__init__(config)
+        rule = masks.rule(config.rule, **config.rule_options)
+        if isinstance(rule, tuple):
+            raise UnsupportedMask("transformers", config.rule, "a pair of rules needs a two-softmax attention")
+        self.rule = rule
+        self.scheme = positions.scheme(config.scheme, **config.scheme_options)
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The backbone: a transformers causal language model."""
+        raise NotImplementedError
+
+    def embed(self, input_ids: Tensor, layout: TokenLayout, **media: Tensor) -> Tensor:
+        """Embeddings [B, L, D] of the tokens, media in their places."""
+        return self.get_input_embeddings()(input_ids)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.language_model.get_decoder()
+
+    def set_attention(self, attention: str) -> None:
+        """Choose the backend, "sdpa" or "eager".
+
+        Raises:
+            UnsupportedMask: the backend cannot express this model's rule.
+        """
+        self.language_model.set_attn_implementation(implementation(attention, self.rule))
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
+        """transformers' name for `set_attention`; a backend that would drop the mask is refused."""
+        if not isinstance(attn_implementation, str):
+            raise InputError("Give one attention backend by name; a multimodal rule covers the whole language model.")
+        names = {name: attention for attention, name in IMPLEMENTATIONS.items()}
+        self.set_attention(names.get(attn_implementation, attn_implementation))
+
+    def masks_and_positions(
+        self, layout: TokenLayout, num_queries: int, cache: Cache | None = None
+    ) -> tuple[Any, Tensor]:
+        """What the backbone needs for the last `num_queries` tokens of the layout: its mask and position ids.
+
+        One token of a rule under which generated text sees all its past takes the ordinary padding mask.
+        """
+        config = self.language_model.config
+        if config._attn_implementation not in IMPLEMENTATIONS.values():
+            implementation(config._attn_implementation, self.rule)
+        position_ids = self.scheme(layout)[:, len(layout) - num_queries :]
+        if num_queries == 1 and len(layout) > 1 and self.rule.decodes_causally:
+            return layout.attention_mask, position_ids
+        return by_layer_type(mask_for(self.rule, layout, num_queries, cache), config), position_ids
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        layout: Tensor | TokenLayout | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass.
+
+        Args:
+            input_ids: int64 [B, Q], media tokens in place.
+            layout: [B, L, K] of every token so far; the last Q are `input_ids`. Without one, all tokens are text.
+            attention_mask: without a layout, the padding mask [B, L]; or a mask made by `masks_and_positions`.
+            position_ids: [B, Q]; the scheme's if None.
+            inputs_embeds: [B, Q, D] instead of what `embed` gives.
+            labels: int64 [B, Q], -100 where there is no loss; the next-token shift happens here.
+            cache: keys and values of the first L - Q tokens (transformers before 5.24: past_key_values).
+            logits_to_keep: only the logits of the last tokens; 0 is all.
+            **kwargs: media for `embed` (the family says which), and what the backbone takes.
+
+        Returns:
+            loss (with labels) and logits [B, Q, V].
+        """
+        cache = past_key_values if cache is None else cache
+        media = {name: kwargs.pop(name) for name in self.media_inputs if name in kwargs}
+        num_queries = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if layout is None and not self._is_ready(attention_mask, position_ids, num_queries, cache):
+            past = 0 if cache is None else int(cache.get_seq_length())
+            layout = text_layout(
+                attention_mask, past + num_queries, input_ids if inputs_embeds is None else inputs_embeds
+            )
+        if layout is not None:
+            layout = layout if isinstance(layout, TokenLayout) else TokenLayout(layout)
+            attention_mask, own_positions = self.masks_and_positions(layout, num_queries, cache)
+            position_ids = own_positions if position_ids is None else position_ids
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, None if layout is None else layout[-num_queries:], **media)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=bool(use_cache) or cache is not None,
+            logits_to_keep=logits_to_keep,
+            **{CACHE: cache},
+            **kwargs,
+        )
+        outputs.loss = None if labels is None else next_token_loss(outputs.logits, labels)
+        return outputs
+
+    def _is_ready(
+        self, attention_mask: Any, position_ids: Tensor | None, num_queries: int, cache: Cache | None
+    ) -> bool:
+        """Whether the backbone may take mask and positions as they are."""
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4):
+            return position_ids is not None
+        decoding = num_queries == 1 and cache is not None and self.rule.decodes_causally
+        return decoding and position_ids is not None
+
+    def generate(self, input_ids: Tensor | None = None, layout: Tensor | TokenLayout | None = None, **kwargs: Any):  # type: ignore[no-untyped-def]
+        """transformers' `generate`: prefill under the rule, then cached decoding. Returns prompt and new tokens.
+
+        Args:
+            input_ids: int64 [B, L], padded on the left.
+            layout: [B, L, K]; without one, all tokens are text.
+            **kwargs: media, and every option of transformers' `generate`.
+
+        Raises:
+            InputError: padding on the right, where new tokens would follow padding.
+            UnsupportedMask: `prefill_chunk_size` cuts where earlier tokens see later ones.
+        """
+        if layout is None:
+            layout = text_layout(kwargs.get("attention_mask"), input_ids.shape[1], input_ids)
+        layout = layout if isinstance(layout, TokenLayout) else TokenLayout(layout)
+        if not bool(layout.valid[:, -1].all()):
+            raise InputError("generate() needs padding on the left: a sample of this batch ends in padding.")
+        self._check_prefill_chunks(layout, kwargs)
+        kwargs["attention_mask"] = layout.attention_mask
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = self.scheme(layout)
+        return super().generate(input_ids, layout=layout.data, **kwargs)
+
+    def _check_prefill_chunks(self, layout: TokenLayout, kwargs: dict[str, Any]) -> None:
+        options = kwargs.get("generation_config") or self.generation_config
+        size = kwargs.get("prefill_chunk_size") or options.prefill_chunk_size
+        if not size:
+            return
+        illegal = set(range(size, len(layout), size)) - set(prefill_cuts(self.rule, layout))
+        if illegal:
+            reason = f"prefill_chunk_size={size} cuts at token {min(illegal)}, where earlier tokens see later ones"
+            raise UnsupportedMask("chunked prefill", self.rule.name, reason)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        layout: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' inputs, with the rule's mask in place of its own."""
+        cache = kwargs.get(CACHE)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        num_queries = tokens.shape[1]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        so_far = TokenLayout(layout[:, : past + num_queries])
+        inputs["attention_mask"], _ = self.masks_and_positions(so_far, num_queries, cache)
+        inputs["position_ids"] = kwargs["position_ids"][:, past : past + num_queries]
+        if past == 0:
+            inputs["layout"] = so_far.data
+        else:
+            inputs = {name: value for name, value in inputs.items() if name not in self.media_inputs}
+        return inputs
+
+    def create_masks_for_generate(self, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """transformers' hook for static caches: the rule's mask is made in `prepare_inputs_for_generation`."""
+        return attention_mask
+
+    def _update_model_kwargs_for_generation(
+        self,
+        outputs: CausalLMOutputWithPast,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
+    ) -> dict[str, Any]:
+        position_ids = model_kwargs["position_ids"]
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        new = [position_ids]
+        for _ in range(num_new_tokens):
+            new.append(self.scheme.next(new[-1][:, -1:]))
+        model_kwargs["position_ids"] = torch.cat(new, 1)
+        model_kwargs["layout"] = TokenLayout(model_kwargs["layout"]).with_answer(num_new_tokens).data
+        return model_kwargs
+
+
+class LanguageModel(MultimodalLM):
+    """A Hugging Face causal language model alone, under a rule and a scheme."""
+
+    def __init__(self, config: MultimodalConfig):
+        super().__init__(config)
+        self.model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.model
+
+
+def text_layout(attention_mask: Tensor | None, length: int, like: Tensor) -> TokenLayout:
+    """The layout of text alone, [B, L, K], from a padding mask [B, L] (None: no padding)."""
+    layout = batch([lay_out(text(length))] * like.shape[0]).to(like.device)
+    if attention_mask is None:
+        return layout
+    if attention_mask.shape != layout.sample.shape:
+        raise InputError(
+            f"The padding mask is {tuple(attention_mask.shape)}, the tokens so far are {tuple(layout.sample.shape)}."
+        )
+    return layout.field("sample", torch.where(attention_mask.bool(), layout.sample, -1))
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of logits [B, L, V] at each place against the label [B, L] of the next; -100 is left out."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
