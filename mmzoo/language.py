@@ -9,6 +9,7 @@ Shape legend: B batch, L tokens, K layout fields, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from mmzoo.attention.compiler import prefill_cuts
 from mmzoo.attention.transformers import IMPLEMENTATIONS, by_layer_type, implementation, mask_for
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import TokenLayout, batch, lay_out, text
+from mmzoo.media import Video, read_video
+from mmzoo.processing import is_image
 
 CACHE = (
     "cache"
@@ -69,6 +72,26 @@ class MultimodalConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: the answer.
+        confidence: geometric mean of the probabilities of its tokens, the end token included.
+        layout: of the prompt; for drawing the mask.
+        video: the frames that were read, with decoder and version; None for an image.
+    """
+
+    text: str
+    confidence: float
+    layout: TokenLayout
+    video: Video | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class MultimodalLM(PreTrainedModel, GenerationMixin):
     """Base of the understanding models. A family adds its encoder and connector and overrides `embed`.
 
@@ -81,7 +104,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
-    media_inputs: tuple[str, ...] = ()
+    processor: Any = None
 
     def __init__(self, config: MultimodalConfig):
         super().__init__(config)
@@ -96,9 +119,45 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         """The backbone: a transformers causal language model."""
         raise NotImplementedError
 
-    def embed(self, input_ids: Tensor, layout: TokenLayout, **media: Tensor) -> Tensor:
-        """Embeddings [B, L, D] of the tokens, media in their places."""
-        return self.get_input_embeddings()(input_ids)
+    def visual_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Tokens [N, V, D] of N images or frames [N, ...]: the family's encoder and connector."""
+        raise NotImplementedError
+
+    def embed(self, input_ids: Tensor, layout: TokenLayout | None, pixel_values: Tensor | None = None) -> Tensor:
+        """Embeddings [B, Q, D] of the tokens, media in their places.
+
+        Args:
+            input_ids: int64 [B, Q].
+            layout: of these tokens; None while decoding text.
+            pixel_values: [B, M, ...]: the images or frames of each row in order, then padding.
+
+        Raises:
+            InputError: pixels and visual tokens do not agree.
+        """
+        embeddings = self.get_input_embeddings()(input_ids)
+        visual = None if layout is None else layout.visual
+        if pixel_values is None:
+            if visual is not None and bool(visual.any()):
+                raise InputError("The layout has visual tokens, but no pixel_values were given.")
+            return embeddings
+        if visual is None:
+            raise InputError("pixel_values need the batch's layout. The model's processor gives both.")
+        run = layout.runs("segment", "frame")
+        starts = visual.clone()
+        starts[:, 1:] &= run[:, 1:] != run[:, :-1]
+        count = starts.sum(1)
+        most = pixel_values.shape[1]
+        real = torch.arange(most, device=count.device) < count[:, None]
+        if int(count.max()) > most:
+            raise InputError(
+                f"A sample has {int(count.max())} images or frames in its layout, pixel_values has {most}."
+            )
+        tokens = self.visual_tokens(pixel_values[real].to(embeddings.dtype)).flatten(0, 1)
+        if len(tokens) != int(visual.sum()):
+            raise InputError(
+                f"The encoder gives {len(tokens)} visual tokens, the layout has {int(visual.sum())} places for them."
+            )
+        return embeddings.masked_scatter(visual[..., None], tokens.to(embeddings.dtype))
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.language_model.get_input_embeddings()
@@ -143,6 +202,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         layout: Tensor | TokenLayout | None = None,
+        pixel_values: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -158,19 +218,19 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, Q], media tokens in place.
             layout: [B, L, K] of every token so far; the last Q are `input_ids`. Without one, all tokens are text.
+            pixel_values: [B, M, ...]: the images or frames of each row.
             attention_mask: without a layout, the padding mask [B, L]; or a mask made by `masks_and_positions`.
             position_ids: [B, Q]; the scheme's if None.
             inputs_embeds: [B, Q, D] instead of what `embed` gives.
             labels: int64 [B, Q], -100 where there is no loss; the next-token shift happens here.
             cache: keys and values of the first L - Q tokens (transformers before 5.24: past_key_values).
             logits_to_keep: only the logits of the last tokens; 0 is all.
-            **kwargs: media for `embed` (the family says which), and what the backbone takes.
+            **kwargs: what the backbone takes.
 
         Returns:
             loss (with labels) and logits [B, Q, V].
         """
         cache = past_key_values if cache is None else cache
-        media = {name: kwargs.pop(name) for name in self.media_inputs if name in kwargs}
         num_queries = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if layout is None and not self._is_ready(attention_mask, position_ids, num_queries, cache):
             past = 0 if cache is None else int(cache.get_seq_length())
@@ -182,7 +242,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             attention_mask, own_positions = self.masks_and_positions(layout, num_queries, cache)
             position_ids = own_positions if position_ids is None else position_ids
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, None if layout is None else layout[-num_queries:], **media)
+            inputs_embeds = self.embed(input_ids, None if layout is None else layout[-num_queries:], pixel_values)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -227,6 +287,39 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = self.scheme(layout)
         return super().generate(input_ids, layout=layout.data, **kwargs)
 
+    @torch.no_grad()
+    def ask(self, source: Any, question: str, *, max_new_tokens: int = 64, deadline: float = 60.0) -> Answer:
+        """Answer a question about an image or a video.
+
+        Args:
+            source: an image (path or PIL image), or a video: anything `read_video` takes.
+            question: plain text.
+            max_new_tokens: at most this many.
+            deadline: seconds after which a video that cannot be read is given up.
+
+        Raises:
+            VideoReadError: the video cannot be read.
+        """
+        if self.processor is None:
+            raise InputError("This model has no processor. Load it by name, or set model.processor.")
+        media: Any = {"image": source}
+        if not is_image(source):
+            media = {"video": read_video(source, num_frames=self.processor.num_frames, deadline=deadline)}
+        inputs = self.processor.ask(question, **media).to(self.device)
+        outputs = self.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
+        chosen = torch.stack(outputs.logits, 1)[0].float().log_softmax(-1).gather(1, tokens[:, None])
+        text_ = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        layout = TokenLayout(inputs["layout"].cpu())
+        return Answer(text_, float(chosen.mean().exp()), layout, media.get("video"))
+
     def _check_prefill_chunks(self, layout: TokenLayout, kwargs: dict[str, Any]) -> None:
         options = kwargs.get("generation_config") or self.generation_config
         size = kwargs.get("prefill_chunk_size") or options.prefill_chunk_size
@@ -264,7 +357,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         if past == 0:
             inputs["layout"] = so_far.data
         else:
-            inputs = {name: value for name, value in inputs.items() if name not in self.media_inputs}
+            inputs.pop("pixel_values", None)
         return inputs
 
     def create_masks_for_generate(self, attention_mask: Tensor, **kwargs: Any) -> Tensor:

@@ -223,13 +223,13 @@ def _pad(data: Tensor, length: int, side: str) -> TokenLayout:
     return TokenLayout(padded)
 
 
-def batch(layouts: Sequence[TokenLayout], padding_side: str = "right") -> TokenLayout:
-    """Layouts of several rows as one batch, padded on one side to the longest."""
+def batch(layouts: Sequence[TokenLayout], padding_side: str = "right", length: int = 0) -> TokenLayout:
+    """Layouts of several rows as one batch, padded on one side to the longest, or to `length` if that is more."""
     if padding_side not in ("left", "right"):
         raise InputError(f"padding_side is 'left' or 'right', got {padding_side!r}.")
     if not layouts:
         raise InputError("A batch needs at least one layout.")
-    length = max(len(layout) for layout in layouts)
+    length = max(length, *(len(layout) for layout in layouts))
     return TokenLayout(torch.cat([_pad(layout.data, length, padding_side).data for layout in layouts]))
 
 

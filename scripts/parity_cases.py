@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mmzoo import masks, positions
 from mmzoo.attention import allowed
-from mmzoo.layout import Modality, Role, TokenLayout, image, lay_out, text, video
+from mmzoo.connectors.perceiver import PerceiverResampler
+from mmzoo.language import LanguageModel, MultimodalConfig
+from mmzoo.layout import Modality, Role, TokenLayout, batch, image, lay_out, splice, text, video
 from mmzoo.masks.ccam import query_layout
+from mmzoo.masks.rule import everything, index, not_after, see, visual
+from mmzoo.masks.rule import text as text_class
+from mmzoo.models.aki import AKI, AKIConfig, aki_image_processor
+from mmzoo.processing import answer_labels
+from mmzoo_training import aki_sft
 
 
 class Comparison(NamedTuple):
@@ -67,7 +75,7 @@ class Case:
 
 def close(name: str, actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> Comparison:
     """Within atol = rtol = tolerance."""
-    return _compare(name, actual.double(), expected.double(), tolerance)
+    return _compare(name, actual.detach().double(), expected.double(), tolerance)
 
 
 def exact(name: str, actual: Tensor, expected: Tensor) -> Comparison:
@@ -197,6 +205,218 @@ def frame_block_masks(case: Case) -> Iterator[Comparison]:
         yield exact(described["name"], allowed(rule, layout)[0], case.expected[described["name"]])
 
 
+def _spliced(case: Case, prefix: str) -> tuple[list[list[int]], TokenLayout]:
+    """The expanded ids of each row without padding, and the batch's layout, padded as the ids are."""
+    ids, mask = case.inputs[f"{prefix}input_ids"], case.inputs[f"{prefix}attention_mask"].bool()
+    config = case.config
+    rows = [
+        splice(
+            row[valid].tolist(),
+            [image(config["num_vision_tokens"], grid=False)] * int((row == config["media_token_id"]).sum()),
+            place_id=config["media_token_id"],
+            answer_marker_id=config["assistant_token_id"],
+            turn_marker_id=config.get("user_token_id"),
+        )
+        for row, valid in zip(ids, mask, strict=True)
+    ]
+    side = "right" if bool(mask[:, 0].all()) else "left"
+    length = ids.shape[1] + int((ids == config["media_token_id"]).sum(1).max()) * (config["num_vision_tokens"] - 1)
+    return [row for row, _ in rows], batch([layout for _, layout in rows], side, length)
+
+
+def modality_mutual_masks(case: Case) -> Iterator[Comparison]:
+    """aki, mask: from un-expanded ids to the mask; compared on the rows of real tokens."""
+    for prefix in case.prefixes("input_ids"):
+        _, layout = _spliced(case, prefix)
+        mask, valid = allowed(masks.modality_mutual(), layout), layout.valid
+        for name in ("mask", "proposed_mask"):
+            expected = case.expected.get(f"{prefix}{name}")
+            if expected is not None:
+                yield exact(f"{prefix}{name}", mask[valid], expected[:, 0][valid])
+        if f"{prefix}is_image" in case.expected:
+            yield exact(f"{prefix}is_image", layout.visual[valid], case.expected[f"{prefix}is_image"][valid])
+
+
+def perceiver_resampler(case: Case) -> Iterator[Comparison]:
+    """aki, module: the resampler alone."""
+    options = case.config["perceiver_resampler"]
+    model = PerceiverResampler(**options).eval()
+    model.load_state_dict({name.removeprefix("vision_tokenizer."): x for name, x in case.checkpoint.items()})
+    seen: dict[str, Tensor] = {}
+    for i, (attention, feed) in enumerate(model.layers):
+        attention.register_forward_hook(lambda _, __, out, name=f"layers.{i}.attn_out": seen.__setitem__(name, out))
+        feed.register_forward_hook(lambda _, __, out, name=f"layers.{i}.ff_out": seen.__setitem__(name, out))
+    (features,) = case.inputs.values()
+    media = features.shape[:2]
+    output = model(features.flatten(0, 1).flatten(1, 2))
+    for name, expected in case.expected.items():
+        actual = seen[name] if name in seen else output
+        yield close(name, actual.unflatten(0, media), expected)
+
+
+def aki_model(case: Case) -> Iterator[Comparison]:
+    """aki, model: from un-expanded ids and pixels to logits, loss and greedy tokens, under MMA and causal."""
+    config = case.config
+    model = AKI(
+        AKIConfig(
+            text_config={"model_type": "phi3", **config["lang_config"]},
+            vision_config=config["vision_config"],
+            num_vision_tokens=config["num_vision_tokens"],
+            initial_tokenizer_len=config["initial_tokenizer_len"],
+        )
+    ).eval()
+    model.load_state_dict(case.checkpoint)
+    for prefix in case.prefixes("input_ids"):
+        ids, layout = _spliced(case, prefix)
+        valid = layout.valid
+        input_ids = torch.full(valid.shape, config["pad_token_id"])
+        input_ids[valid] = torch.tensor([token for row in ids for token in row])
+        yield from _aki_scenario(case, prefix, model, input_ids, layout)
+
+
+def _aki_scenario(case: Case, prefix: str, model: AKI, input_ids: Tensor, layout: TokenLayout) -> Iterator[Comparison]:
+    expected = {name.removeprefix(prefix): x for name, x in case.expected.items() if name.startswith(prefix)}
+    pixels, valid = case.inputs[f"{prefix}pixel_values"], layout.valid
+    yield exact(f"{prefix}mask", allowed(masks.modality_mutual(), layout)[valid], expected["mask"][:, 0][valid])
+    yield close(
+        f"{prefix}inputs_embeds", model.embed(input_ids, layout, pixels)[valid], expected["inputs_embeds"][valid]
+    )
+    flat = pixels.flatten(0, 2)
+    yield close(f"{prefix}vision_features", model.vision_encoder(flat).last_hidden_state, expected["vision_features"])
+    tokens = model.visual_tokens(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+    yield close(f"{prefix}vision_tokens", tokens, expected["vision_tokens"])
+    labels = None
+    if "expanded_labels" in expected:
+        labels = answer_labels(input_ids, layout)
+        yield exact(f"{prefix}expanded_labels", labels, expected["expanded_labels"])
+    for name, rule in (("mma", masks.modality_mutual()), ("causal", masks.causal())):
+        model.rule = rule
+        for attention in ("sdpa", "eager"):
+            model.set_attention(attention)
+            outputs = model(input_ids, layout, pixel_values=pixels, labels=labels)
+            logits = expected[f"logits_{name}"]
+            yield close(f"{prefix}logits_{name} {attention}", outputs.logits[valid], logits[valid])
+            if labels is not None:
+                yield close(f"{prefix}loss_{name} {attention}", outputs.loss[None], expected[f"loss_{name}"])
+            if f"generated_{name}" in expected:
+                steps = expected[f"generated_{name}"].shape[1]
+                generated, step_logits = _greedy(model, steps, input_ids, layout, pixel_values=pixels)
+                yield exact(f"{prefix}generated_{name} {attention}", generated, expected[f"generated_{name}"])
+                yield close(f"{prefix}step_logits_{name} {attention}", step_logits, expected[f"step_logits_{name}"])
+
+
+def aki_pixels(case: Case) -> Iterator[Comparison]:
+    """aki, preprocess: image files to pixels, RGB first (and, for the record, upstream's other order)."""
+    config = case.config
+    side, mean, std = config["n_px"], config["norm_mean"], config["norm_std"]
+    processor = aki_image_processor(side, mean, std)
+    for name, expected in case.expected.items():
+        stem, _, order = name.partition(".pixels_")
+        picture = Image.open(case.path / f"{stem}.png")
+        if order == "resize_first":
+            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+        pixels = processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        yield close(name, pixels, expected, 1e-5)
+
+
+def aki_text(case: Case) -> Iterator[Comparison]:
+    """aki, text: training strings, labels, collation and the learning-rate schedule."""
+    given, expected = case.json(case.config["inputs_file"]), case.json(case.config["expected_file"])
+    tokens = {"assistant_id": 32001, "pad_id": 32011}
+    encode = given["encode"]
+    encoded = [aki_sft.encode(ids, encode["max_length"], tokens["assistant_id"]) for ids in encode["ids"]]
+    schedule = given["lr_schedule"]
+    actual = {
+        "templates": [aki_sft.sft_text(row["dataset"], row["example"], row["has_image"]) for row in given["templates"]],
+        "llava": [turn for record in given["llava"] for turn in aki_sft.llava_samples(record, "IMAGES")],
+        "vsr": [aki_sft.vsr_sample(row, {"train": "TRAIN", "val": "VAL"}, upstream_split=True) for row in given["vsr"]],
+        "boxes": [aki_sft.box(*row) for row in given["boxes"]],
+        "encode": encoded,
+        "collate": aki_sft.collate(encoded, encode["max_length"] + 1, tokens["pad_id"]),
+    }
+    for key in case.config["keys"]:
+        if key == "lr_schedule":
+            rates = [
+                aki_sft.learning_rate(
+                    step, schedule["lr"], schedule["min_lr"], schedule["warmup_steps"], schedule["total_steps"]
+                )
+                for step in schedule["steps"]
+            ]
+            yield close(
+                key,
+                torch.tensor(rates).double() / schedule["lr"],
+                torch.tensor(expected[key]).double() / schedule["lr"],
+                1e-6,
+            )
+        else:
+            yield same_strings(key, actual[key], expected[key])
+
+
+MASK_KINDS = {
+    "mma": masks.modality_mutual(),
+    "fbc": masks.frame_block_causal(),
+    "modal_sep": masks.Rule(
+        "modality-separate",
+        (see(visual, visual, not_after(index)), see(text_class, everything, not_after(index))),
+    ),
+}
+
+
+def masked_language_model(case: Case) -> Iterator[Comparison]:
+    """hf5-masked-lm: a stock backbone under a rule; forward, gradient and generate() on every backend and cache."""
+    inputs, expected = case.inputs, case.expected
+    config = MultimodalConfig(text_config=dict(case.config["text_config"]))
+    model = LanguageModel(config).eval()
+    model.model.load_state_dict(case.checkpoint)
+    model.rule = MASK_KINDS[case.config["mask_kind"]]
+    layout = _language_layout(inputs)
+    ids, position_ids, valid = inputs["input_ids"], inputs["position_ids"], inputs["attention_mask_2d"].bool()
+    yield exact("allowed", allowed(model.rule, layout)[valid], expected["allowed"][valid])
+    for attention in ("sdpa", "eager"):
+        model.set_attention(attention)
+        embeds = model.embed(ids, layout).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds, layout=layout, position_ids=position_ids).logits
+        yield close(f"logits {attention}", logits[valid], expected["logits"][valid])
+        torch.nn.functional.cross_entropy(logits[valid], ids[valid]).backward()
+        yield close(f"grad_inputs_embeds {attention}", embeds.grad, expected["grad_inputs_embeds"])
+        for cache in ("dynamic", "static"):
+            tokens, steps = _greedy(
+                model, case.config["new_tokens"], ids, layout, position_ids=position_ids, cache_implementation=cache
+            )
+            yield exact(f"generated {attention} {cache}", tokens, expected["generated"])
+            yield close(f"step_logits {attention} {cache}", steps, expected["step_logits"])
+
+
+def _language_layout(inputs: dict[str, Tensor]) -> TokenLayout:
+    rows, length = inputs["input_ids"].shape
+    layout = batch([lay_out(text(length))] * rows)
+    seen = inputs["modality"] == 1
+    for name, values in {
+        "sample": inputs["segment"],
+        "modality": torch.where(seen, Modality.VIDEO, Modality.TEXT),
+        "role": torch.where(inputs["is_prompt"] == 1, Role.PROMPT, Role.ANSWER),
+        "frame": inputs["frame"],
+    }.items():
+        layout = layout.field(name, values)
+    return layout
+
+
+def _greedy(model: Any, new_tokens: int, ids: Tensor, layout: TokenLayout, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The new tokens [B, N] and the logits [B, N, V] that chose them; end-of-sequence is ignored."""
+    outputs = model.generate(
+        ids,
+        layout,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+        **kwargs,
+    )
+    return outputs.sequences[:, ids.shape[1] :], torch.stack(outputs.logits, 1)
+
+
 Runner = Callable[[Case], Iterator[Comparison]]
 RUNNERS: dict[tuple[str, str, str], Runner] = {
     ("cca-llava", "positions", "masks_positions"): concentric_layouts,
@@ -204,6 +424,12 @@ RUNNERS: dict[tuple[str, str, str], Runner] = {
     ("visualchat", "mask", "masks"): two_softmax_masks,
     ("video-ccam-definition", "mask", "mask"): cross_attention_masks,
     ("longlive", "mask", "block_masks"): frame_block_masks,
+    ("aki", "mask", "mask"): modality_mutual_masks,
+    ("aki", "module", "resampler"): perceiver_resampler,
+    ("aki", "model", "model"): aki_model,
+    ("aki", "preprocess", "preprocess"): aki_pixels,
+    ("aki", "text", "text"): aki_text,
+    ("hf5-masked-lm", "model", ""): masked_language_model,
 }
 """(system, kind, beginning of the case's name) -> runner."""
 

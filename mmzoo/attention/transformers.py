@@ -50,8 +50,13 @@ def _mmzoo_eager(
     return output.transpose(1, 2).contiguous(), weights
 
 
+def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """transformers' boolean mask for decoding steps, never left out in favour of an `is_causal` flag."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
 AttentionInterface.register("mmzoo_eager", _mmzoo_eager)
-AttentionMaskInterface.register("mmzoo_eager", sdpa_mask)
+AttentionMaskInterface.register("mmzoo_eager", _explicit_mask)
 
 
 def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None = None) -> Tensor:

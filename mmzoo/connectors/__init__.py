@@ -1,0 +1,1 @@
+"""What turns encoder features into visual tokens."""

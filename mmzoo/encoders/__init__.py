@@ -1,0 +1,1 @@
+"""What turns pixels into patch features."""

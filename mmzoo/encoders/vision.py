@@ -1,0 +1,107 @@
+"""Vision encoders from transformers, timm and open_clip behind one call.
+
+Every encoder maps pixel_values [N, 3, H, W] to an output whose `last_hidden_state` [N, P, D] holds the patch features
+after the last norm, in raster order, without class tokens. Anything else (pooling heads) is unused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from mmzoo.errors import InputError, MissingExtra
+
+
+class NamedVisionConfig(PreTrainedConfig):
+    """A vision encoder of timm or open_clip by its name there.
+
+    Attributes:
+        library: "timm" or "open_clip".
+        name: the model's name in that library.
+        options: keyword arguments of its constructor.
+    """
+
+    model_type = "mmzoo_named_vision"
+
+    def __init__(self, library: str = "timm", name: str = "", options: dict[str, Any] | None = None, **kwargs: Any):
+        self.library, self.name, self.options = library, name, options or {}
+        super().__init__(**kwargs)
+
+
+AutoConfig.register(NamedVisionConfig.model_type, NamedVisionConfig, exist_ok=True)
+
+
+def vision_config(tower: PreTrainedConfig | dict[str, Any] | str | None) -> PreTrainedConfig:
+    """The configuration of a tower: a config, its dict, or a name such as "timm:vit_so400m_patch14_siglip_384"."""
+    if isinstance(tower, PreTrainedConfig):
+        return tower
+    if isinstance(tower, str):
+        library, _, name = tower.partition(":")
+        return NamedVisionConfig(library=library, name=name)
+    tower = dict(tower or {})
+    if tower.get("model_type", "siglip_vision_model") == "siglip_vision_model":
+        return SiglipVisionConfig(**tower)
+    return AutoConfig.for_model(**tower)
+
+
+def build_vision_encoder(config: PreTrainedConfig) -> tuple[nn.Module, int]:
+    """The encoder with random weights, and the width D of its features.
+
+    Raises:
+        InputError: no such kind of tower.
+        MissingExtra: its library is not installed.
+    """
+    if isinstance(config, SiglipVisionConfig):
+        return SiglipVisionModel(config), config.hidden_size
+    if isinstance(config, NamedVisionConfig) and config.library in ("timm", "open_clip"):
+        encoder = TimmEncoder(config) if config.library == "timm" else OpenClipEncoder(config)
+        return encoder, encoder.dim
+    raise InputError(
+        f"No vision encoder for {config.model_type!r}. Use a SigLIP config, or a name 'timm:...' or 'open_clip:...'."
+    )
+
+
+class TimmEncoder(nn.Module):
+    """A timm vision transformer."""
+
+    def __init__(self, config: NamedVisionConfig):
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise MissingExtra("timm", "timm", f"The vision tower timm:{config.name}") from error
+        self.trunk = timm.create_model(config.name, pretrained=False, num_classes=0, **config.options)
+        self.dim = self.trunk.num_features
+
+    def forward(self, pixel_values: Tensor) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=_patches(self.trunk, pixel_values))
+
+
+class OpenClipEncoder(nn.Module):
+    """The vision tower of an open_clip model: a timm trunk (SigLIP), or open_clip's own transformer."""
+
+    def __init__(self, config: NamedVisionConfig):
+        super().__init__()
+        try:
+            import open_clip
+        except ImportError as error:
+            raise MissingExtra("open_clip", "openclip", f"The vision tower open_clip:{config.name}") from error
+        self.visual = open_clip.create_model(config.name, **config.options).visual
+        self.dim = (
+            self.visual.trunk.num_features if hasattr(self.visual, "trunk") else self.visual.ln_post.normalized_shape[0]
+        )
+
+    def forward(self, pixel_values: Tensor) -> BaseModelOutput:
+        if hasattr(self.visual, "trunk"):
+            return BaseModelOutput(last_hidden_state=_patches(self.visual.trunk, pixel_values))
+        features = self.visual.forward_intermediates(
+            pixel_values, indices=1, intermediates_only=True, output_fmt="NLC", normalize_intermediates=True
+        )
+        return BaseModelOutput(last_hidden_state=features["image_intermediates"][-1])
+
+
+def _patches(trunk: nn.Module, pixel_values: Tensor) -> Tensor:
+    return trunk.forward_features(pixel_values)[:, trunk.num_prefix_tokens :]

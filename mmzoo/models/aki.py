@@ -1,0 +1,169 @@
+"""AKI: SigLIP, a Perceiver resampler and Phi-3.5 under modality-mutual attention.
+
+Source: "Seeing is Understanding: Unlocking Causal Attention into Modality-Mutual Attention for Multimodal LLMs",
+arXiv 2503.02597. Parameter names are those of the released checkpoint.
+
+Shape legend: N images or frames, F frames of one medium, P patches, V visual tokens, D width of the language model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, SiglipImageProcessorPil
+
+from mmzoo.connectors.perceiver import PerceiverResampler
+from mmzoo.encoders.vision import build_vision_encoder, vision_config
+from mmzoo.errors import InputError
+from mmzoo.language import MultimodalConfig, MultimodalLM
+from mmzoo.layout import Span, image
+from mmzoo.processing import MultimodalProcessor
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+class AKIConfig(MultimodalConfig):
+    """Configuration of AKI.
+
+    Attributes:
+        vision_config: the tower: a SigLIP config, or a name such as "timm:vit_so400m_patch14_siglip_384".
+        connector: "perceiver", or "linear": one token a patch, without compression.
+        num_vision_tokens: V, tokens of one image or frame.
+        resampler: depth, dim_head, heads and ff_mult of the Perceiver resampler.
+        initial_tokenizer_len: rows of the stock embedding that are used; ids from here on are added tokens.
+        num_added_tokens: `<image>` and `<|endofchunk|>`.
+    """
+
+    model_type = "mmzoo_aki"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | str | None = None,
+        connector: str = "perceiver",
+        num_vision_tokens: int = 144,
+        resampler: dict[str, int] | None = None,
+        initial_tokenizer_len: int = 32012,
+        num_added_tokens: int = 2,
+        rule: str = "modality-mutual",
+        **kwargs: Any,
+    ):
+        self.vision_config = _vision_config(vision_config)
+        self.connector = connector
+        self.num_vision_tokens = num_vision_tokens
+        self.resampler = resampler or {}
+        self.initial_tokenizer_len, self.num_added_tokens = initial_tokenizer_len, num_added_tokens
+        super().__init__(text_config=text_config or {"model_type": "phi3"}, rule=rule, **kwargs)
+
+
+_vision_config = vision_config
+
+
+class DecoupledEmbedding(nn.Embedding):
+    """The stock table, and a small one for the added tokens."""
+
+    def __init__(self, num_embeddings: int, dim: int, first_added: int, num_added: int):
+        super().__init__(num_embeddings, dim)
+        self.first_added = first_added
+        self.additional_embedding = nn.Embedding(num_added, dim)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        added = input_ids >= self.first_added
+        stock = F.embedding(input_ids.masked_fill(added, 0), self.weight)
+        extra = self.additional_embedding((input_ids - self.first_added).clamp(min=0))
+        return torch.where(added[..., None], extra, stock)
+
+
+class DecoupledLinear(nn.Linear):
+    """The stock head cut at the tokenizer's length, followed by the added tokens' columns; both have a bias."""
+
+    def __init__(self, dim: int, num_embeddings: int, first_added: int, num_added: int):
+        super().__init__(dim, num_embeddings, bias=True)
+        self.first_added = first_added
+        self.additional_fc = nn.Linear(dim, num_added, bias=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        used = slice(self.first_added)
+        return torch.cat([F.linear(hidden, self.weight[used], self.bias[used]), self.additional_fc(hidden)], -1)
+
+
+class AKI(MultimodalLM):
+    """AKI. `processor(...)` gives what `forward` and `generate` take."""
+
+    config: AKIConfig
+    config_class = AKIConfig
+
+    def __init__(self, config: AKIConfig):
+        super().__init__(config)
+        text = config.text_config
+        self.vision_encoder, width = build_vision_encoder(config.vision_config)
+        self.vision_tokenizer = _connector(config, width)
+        self.lang_model = AutoModelForCausalLM.from_config(text)
+        split = (config.initial_tokenizer_len, config.num_added_tokens)
+        self.lang_model.set_input_embeddings(DecoupledEmbedding(text.vocab_size, text.hidden_size, *split))
+        self.lang_model.set_output_embeddings(DecoupledLinear(text.hidden_size, text.vocab_size, *split))
+        self.post_init()
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.lang_model
+
+    def visual_tokens(self, pixel_values: Tensor) -> Tensor:
+        """[N, V, D] of images [N, C, H, W], or of media of F frames [N, F, C, H, W] whose patches are joined."""
+        frames = pixel_values.flatten(0, -4)
+        patches = self.vision_encoder(frames).last_hidden_state
+        return self.vision_tokenizer(patches.unflatten(0, (len(pixel_values), -1)).flatten(1, 2))
+
+
+def _connector(config: AKIConfig, width: int) -> nn.Module:
+    if config.connector == "perceiver":
+        return PerceiverResampler(width, config.text_config.hidden_size, config.num_vision_tokens, **config.resampler)
+    if config.connector == "linear":
+        return nn.Linear(width, config.text_config.hidden_size)
+    raise InputError(f"AKI's connector is 'perceiver' or 'linear', not {config.connector!r}.")
+
+
+class AKIProcessor(MultimodalProcessor):
+    """Text, images and videos for AKI; every frame of a video takes its place as one image.
+
+    Args:
+        num_vision_tokens: tokens of one image or frame.
+        system: the system message; empty for none.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_vision_tokens: int = 144,
+        system: str = SYSTEM,
+        **kwargs: Any,
+    ):
+        super().__init__(image_processor, tokenizer, **kwargs)
+        self.num_vision_tokens, self.system = num_vision_tokens, system
+
+    def image_span(self, pixels: Tensor) -> Span:
+        return image(self.num_vision_tokens, grid=False)
+
+    def prompt(self, question: str, media: str = "") -> str:
+        """The prompt of AKI's demo; the beginning-of-sequence token is the tokenizer's business."""
+        return sft_prompt(question, media, self.system)
+
+
+def aki_image_processor(side: int = 384, mean: float = 0.5, std: float = 0.5) -> SiglipImageProcessorPil:
+    """Squash to side x side (bicubic, antialiased), then (x / 255 - mean) / std."""
+    return SiglipImageProcessorPil(size={"height": side, "width": side}, image_mean=[mean] * 3, image_std=[std] * 3)
+
+
+def sft_prompt(question: str, media: str = "<image>", system: str = SYSTEM) -> str:
+    """The text before the answer, as in AKI's supervised fine-tuning and demo."""
+    opening = f"<|system|>\n{system}<|end|>\n" if system else ""
+    places = f"{media}\n" if media else ""
+    return f"{opening}<|user|>\n{places}{question}<|end|>\n<|assistant|>\n"
