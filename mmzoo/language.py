@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmzoo import masks, positions
 from mmzoo.attention.compiler import prefill_cuts
-from mmzoo.attention.transformers import IMPLEMENTATIONS, by_layer_type, implementation, mask_for
+from mmzoo.attention.transformers import IMPLEMENTATIONS, backbone_mask, implementation
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import TokenLayout, batch, lay_out, text
 from mmzoo.media import Video, read_video
@@ -196,7 +196,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         position_ids = self.scheme(layout)[:, len(layout) - num_queries :]
         if num_queries == 1 and len(layout) > 1 and self.rule.decodes_causally:
             return layout.attention_mask, position_ids
-        return by_layer_type(mask_for(self.rule, layout, num_queries, cache), config), position_ids
+        return backbone_mask(self.rule, layout, num_queries, cache, config), position_ids
 
     def forward(
         self,
@@ -352,8 +352,11 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         num_queries = tokens.shape[1]
         past = 0 if cache is None else int(cache.get_seq_length())
         so_far = TokenLayout(layout[:, : past + num_queries])
+        guessed = past + num_queries - len(so_far)  # by prompt-lookup or assisted decoding
+        if guessed > 0:
+            so_far = so_far.with_answer(guessed)
+            inputs["position_ids"] = self._extended(kwargs["position_ids"], guessed)[:, -num_queries:]
         inputs["attention_mask"], _ = self.masks_and_positions(so_far, num_queries, cache)
-        inputs["position_ids"] = kwargs["position_ids"][:, past : past + num_queries]
         if past == 0:
             inputs["layout"] = so_far.data
         else:
@@ -375,12 +378,14 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
-        new = [position_ids]
-        for _ in range(num_new_tokens):
-            new.append(self.scheme.next(new[-1][:, -1:]))
-        model_kwargs["position_ids"] = torch.cat(new, 1)
+        model_kwargs["position_ids"] = self._extended(position_ids, num_new_tokens)
         model_kwargs["layout"] = TokenLayout(model_kwargs["layout"]).with_answer(num_new_tokens).data
         return model_kwargs
+
+    def _extended(self, position_ids: Tensor, count: int) -> Tensor:
+        for _ in range(count):
+            position_ids = torch.cat([position_ids, self.scheme.next(position_ids[:, -1:])], 1)
+        return position_ids
 
 
 class LanguageModel(MultimodalLM):
@@ -394,6 +399,10 @@ class LanguageModel(MultimodalLM):
     @property
     def language_model(self) -> PreTrainedModel:
         return self.model
+
+    def embed(self, input_ids: Tensor, layout: TokenLayout | None, pixel_values: Tensor | None = None) -> Tensor:
+        """Embeddings [B, Q, D] of ids alone: whatever the layout calls them, visual tokens are ids of the table too."""
+        return self.get_input_embeddings()(input_ids)
 
 
 def text_layout(attention_mask: Tensor | None, length: int, like: Tensor) -> TokenLayout:

@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from mmzoo.errors import InputError
 from mmzoo.layout import Modality, Role, Span, TokenLayout, batch, splice
@@ -40,11 +44,17 @@ class MultimodalProcessor(ProcessorMixin):
         answer_marker: str = "<|assistant|>",
         turn_marker: str = "<|user|>",
         chat_template: str | None = None,
-        **kwargs: Any,
     ):
         self.num_frames = num_frames
         self.answer_marker, self.turn_marker = answer_marker, turn_marker
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> MultimodalProcessor:
+        """The processor saved in a folder. Pixels are made by Pillow: torchvision's differ by up to a grey level."""
+        processor = super().from_pretrained(folder, **kwargs)
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        return processor
 
     def image_span(self, pixels: torch.Tensor) -> Span:
         """The tokens of one image, from its pixels [C, H, W]."""
@@ -182,6 +192,30 @@ class MultimodalProcessor(ProcessorMixin):
     def _frames(self, video: Any) -> list[Image.Image]:
         clip = video if isinstance(video, Video) else read_video(video, num_frames=self.num_frames)
         return [Image.fromarray(frame) for frame in np.asarray(clip.frames)]
+
+
+SPECIAL_TOKENS = ("<s>", "<unk>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<pad>")
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words for tiny and nano models, with Phi-3's markers.
+
+    `<image>` and `<|endofchunk|>` get the last two ids, as the added tokens of a released tokenizer do.
+    """
+    added = (IMAGE, "<|endofchunk|>")
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys((*SPECIAL_TOKENS, *words, *added)))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in (*SPECIAL_TOKENS, *added)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def is_image(source: Any) -> bool:

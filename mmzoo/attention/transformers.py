@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import sdpa_mask
@@ -18,6 +17,7 @@ from mmzoo.attention.backends import backend, eager_attention
 from mmzoo.attention.compiler import allowed
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
+from mmzoo.masks.basic import sliding_window
 from mmzoo.masks.rule import Rule
 
 IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa"}
@@ -59,33 +59,42 @@ AttentionInterface.register("mmzoo_eager", _mmzoo_eager)
 AttentionMaskInterface.register("mmzoo_eager", _explicit_mask)
 
 
-def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None = None) -> Tensor:
+def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None = None, layer: int = 0) -> Tensor:
     """The mask of the last `num_queries` tokens of `layout` over the slots of the cache: bool [B, 1, Q, K].
 
     Args:
+        rule: who may look at whom.
         layout: every token so far, those in the cache included.
+        num_queries: Q.
         cache: None without one; a static cache has more slots than tokens, a sliding one fewer.
+        layer: the layer whose slots are meant; layers of one type have the same.
     """
-    keys = layout
     rows = slice(len(layout) - num_queries, len(layout))
-    slots, first = (len(layout), 0) if cache is None else cache.get_mask_sizes(num_queries, 0)
-    if slots + first > len(layout):
-        keys = layout.padded_to(slots + first)
-    mask = allowed(rule, layout, keys, rows=rows)
-    return mask[:, None, :, first : first + slots]
+    slots, first = (len(layout), 0) if cache is None else cache.get_mask_sizes(num_queries, layer)
+    keys = layout.padded_to(max(slots + first, len(layout)))
+    return allowed(rule, layout, keys, rows=rows)[:, None, :, first : first + slots]
 
 
-def by_layer_type(mask: Tensor, config: Any) -> Tensor | dict[str, Tensor]:
-    """The mask in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
+def backbone_mask(
+    rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
+) -> Tensor | dict[str, Tensor]:
+    """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
     A sliding layer keeps its window on top of the rule.
+
+    Raises:
+        UnsupportedMask: a layer is of a type that takes no mask.
     """
-    types = set(getattr(config, "layer_types", None) or ())
-    if types <= {"full_attention"}:
-        return mask
-    unknown = types - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UnsupportedMask("transformers", "any", f"layers of type {sorted(unknown)[0]!r} take no mask", [])
-    near = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device)
-    near = near.triu(mask.shape[-1] - mask.shape[-2] - config.sliding_window + 1)
-    return {"full_attention": mask, "sliding_attention": mask & near}
+    types: list[str] = list(getattr(config, "layer_types", None) or ())
+    if set(types) <= {"full_attention"}:
+        return mask_for(rule, layout, num_queries, cache)
+    masks = {}
+    for kind in dict.fromkeys(types):
+        layer = types.index(kind)
+        mask = mask_for(rule, layout, num_queries, cache, layer)
+        if kind == "sliding_attention":
+            mask = mask & mask_for(sliding_window(config.sliding_window), layout, num_queries, cache, layer)
+        elif kind != "full_attention":
+            raise UnsupportedMask("transformers", rule.name, f"layers of type {kind!r} take no mask")
+        masks[kind] = mask
+    return masks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -22,19 +23,27 @@ class NamedVisionConfig(PreTrainedConfig):
         library: "timm" or "open_clip".
         name: the model's name in that library.
         options: keyword arguments of its constructor.
+        image_size: side of the square it sees; filled in when the tower is built.
     """
 
     model_type = "mmzoo_named_vision"
 
-    def __init__(self, library: str = "timm", name: str = "", options: dict[str, Any] | None = None, **kwargs: Any):
-        self.library, self.name, self.options = library, name, options or {}
+    def __init__(
+        self,
+        library: str = "timm",
+        name: str = "",
+        options: dict[str, Any] | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ):
+        self.library, self.name, self.options, self.image_size = library, name, options or {}, image_size
         super().__init__(**kwargs)
 
 
 AutoConfig.register(NamedVisionConfig.model_type, NamedVisionConfig, exist_ok=True)
 
 
-def vision_config(tower: PreTrainedConfig | dict[str, Any] | str | None) -> PreTrainedConfig:
+def as_vision_config(tower: PreTrainedConfig | dict[str, Any] | str | None) -> PreTrainedConfig:
     """The configuration of a tower: a config, its dict, or a name such as "timm:vit_so400m_patch14_siglip_384"."""
     if isinstance(tower, PreTrainedConfig):
         return tower
@@ -58,6 +67,7 @@ def build_vision_encoder(config: PreTrainedConfig) -> tuple[nn.Module, int]:
         return SiglipVisionModel(config), config.hidden_size
     if isinstance(config, NamedVisionConfig) and config.library in ("timm", "open_clip"):
         encoder = TimmEncoder(config) if config.library == "timm" else OpenClipEncoder(config)
+        config.image_size = config.image_size or encoder.image_size
         return encoder, encoder.dim
     raise InputError(
         f"No vision encoder for {config.model_type!r}. Use a SigLIP config, or a name 'timm:...' or 'open_clip:...'."
@@ -74,7 +84,7 @@ class TimmEncoder(nn.Module):
         except ImportError as error:
             raise MissingExtra("timm", "timm", f"The vision tower timm:{config.name}") from error
         self.trunk = timm.create_model(config.name, pretrained=False, num_classes=0, **config.options)
-        self.dim = self.trunk.num_features
+        self.dim, self.image_size = self.trunk.num_features, self.trunk.patch_embed.img_size[0]
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutput:
         return BaseModelOutput(last_hidden_state=_patches(self.trunk, pixel_values))
@@ -89,10 +99,11 @@ class OpenClipEncoder(nn.Module):
             import open_clip
         except ImportError as error:
             raise MissingExtra("open_clip", "openclip", f"The vision tower open_clip:{config.name}") from error
-        self.visual = open_clip.create_model(config.name, **config.options).visual
-        self.dim = (
-            self.visual.trunk.num_features if hasattr(self.visual, "trunk") else self.visual.ln_post.normalized_shape[0]
-        )
+        self.visual = open_clip.create_model(config.name, device=torch.get_default_device(), **config.options).visual
+        size = self.visual.image_size
+        self.image_size = size if isinstance(size, int) else size[0]
+        trunk = getattr(self.visual, "trunk", None)
+        self.dim = trunk.num_features if trunk is not None else self.visual.ln_post.normalized_shape[0]
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutput:
         if hasattr(self.visual, "trunk"):

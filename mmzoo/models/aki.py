@@ -8,19 +8,28 @@ Shape legend: N images or frames, F frames of one medium, P patches, V visual to
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, SiglipImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipImageProcessorPil,
+)
 
 from mmzoo.connectors.perceiver import PerceiverResampler
-from mmzoo.encoders.vision import build_vision_encoder, vision_config
-from mmzoo.errors import InputError
+from mmzoo.encoders.vision import as_vision_config, build_vision_encoder
+from mmzoo.errors import CheckpointError, InputError
 from mmzoo.language import MultimodalConfig, MultimodalLM
 from mmzoo.layout import Span, image
-from mmzoo.processing import MultimodalProcessor
+from mmzoo.processing import MultimodalProcessor, word_tokenizer
+from mmzoo.world import VOCABULARY
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -55,15 +64,12 @@ class AKIConfig(MultimodalConfig):
         rule: str = "modality-mutual",
         **kwargs: Any,
     ):
-        self.vision_config = _vision_config(vision_config)
+        self.vision_config = as_vision_config(vision_config)
         self.connector = connector
         self.num_vision_tokens = num_vision_tokens
         self.resampler = resampler or {}
         self.initial_tokenizer_len, self.num_added_tokens = initial_tokenizer_len, num_added_tokens
         super().__init__(text_config=text_config or {"model_type": "phi3"}, rule=rule, **kwargs)
-
-
-_vision_config = vision_config
 
 
 class DecoupledEmbedding(nn.Embedding):
@@ -144,9 +150,12 @@ class AKIProcessor(MultimodalProcessor):
         tokenizer: Any = None,
         num_vision_tokens: int = 144,
         system: str = SYSTEM,
-        **kwargs: Any,
+        num_frames: int = 8,
+        answer_marker: str = "<|assistant|>",
+        turn_marker: str = "<|user|>",
+        chat_template: str | None = None,
     ):
-        super().__init__(image_processor, tokenizer, **kwargs)
+        super().__init__(image_processor, tokenizer, num_frames, answer_marker, turn_marker, chat_template)
         self.num_vision_tokens, self.system = num_vision_tokens, system
 
     def image_span(self, pixels: Tensor) -> Span:
@@ -167,3 +176,116 @@ def sft_prompt(question: str, media: str = "<image>", system: str = SYSTEM) -> s
     opening = f"<|system|>\n{system}<|end|>\n" if system else ""
     places = f"{media}\n" if media else ""
     return f"{opening}<|user|>\n{places}{question}<|end|>\n<|assistant|>\n"
+
+
+MODEL, PROCESSOR = AKI, AKIProcessor
+AutoConfig.register(AKIConfig.model_type, AKIConfig, exist_ok=True)
+
+_PHI_3_5_MINI = {
+    "model_type": "phi3",
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 32000,
+    "pad_token_id": 32000,
+    "tie_word_embeddings": False,
+    "sliding_window": 262144,
+}
+"""Without the factors of its long rotary embedding, which come with released weights from the base model's config."""
+
+_SIGLIP_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+
+_TINY_TOKENS = len(word_tokenizer(VOCABULARY)) - 2
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "aki-4b": {"text_config": _PHI_3_5_MINI, "vision_config": _SIGLIP_SO400M},
+    "aki-tiny": {
+        "text_config": {
+            "model_type": "phi3",
+            "vocab_size": _TINY_TOKENS + 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 7,
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 30,
+            "patch_size": 7,
+        },
+        "num_vision_tokens": 5,
+        "resampler": {"depth": 2, "dim_head": 8, "heads": 2},
+        "initial_tokenizer_len": _TINY_TOKENS,
+    },
+}
+
+
+def processor(name: str, config: AKIConfig) -> AKIProcessor | None:
+    """The processor of a model with random weights; None where its tokenizer would have to be downloaded."""
+    if name == "aki-4b":
+        return None
+    side = config.vision_config.image_size
+    return AKIProcessor(
+        aki_image_processor(side), word_tokenizer(VOCABULARY), config.num_vision_tokens, system="", num_frames=4
+    )
+
+
+def is_release(described: dict[str, Any]) -> bool:
+    """Whether a config.json is that of the authors' release, which names no model_type."""
+    return {"lang_model_path", "vision_encoder_path", "initial_tokenizer_len"} <= described.keys()
+
+
+def read_release(folder: Path, described: dict[str, Any]) -> tuple[AKIConfig, AKIProcessor]:
+    """Configuration and processor of the authors' release.
+
+    The base models' configurations (a few kB each) come from the ids or folders that config.json names; their weights
+    are never downloaded. Parameter names are ours already.
+
+    Raises:
+        CheckpointError: the tokenizer does not give the added tokens the ids that the release was trained with.
+    """
+    text_config = AutoConfig.from_pretrained(described["lang_model_path"])
+    vision = AutoConfig.from_pretrained(described["vision_encoder_path"])
+    config = AKIConfig(
+        text_config=text_config,
+        vision_config=getattr(vision, "vision_config", vision),
+        num_vision_tokens=described["num_vision_tokens"],
+        initial_tokenizer_len=described["initial_tokenizer_len"],
+    )
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else described["lang_model_path"])
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["<image>", "<|endofchunk|>"], special_tokens=True)
+    first = tokenizer.convert_tokens_to_ids("<image>")
+    if first != config.initial_tokenizer_len:
+        raise CheckpointError(
+            f"The tokenizer gives <image> the id {first}, the checkpoint was trained with {config.initial_tokenizer_len}."
+        )
+    side, mean, std = (
+        described.get(key, value) for key, value in {"n_px": 384, "norm_mean": 0.5, "norm_std": 0.5}.items()
+    )
+    return config, AKIProcessor(aki_image_processor(side, mean, std), tokenizer, config.num_vision_tokens)

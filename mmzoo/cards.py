@@ -1,0 +1,63 @@
+"""Model cards: the registry entry's facts, and prose beside them.
+
+Prose lives in `mmzoo/assets/cards/<name>.md`; `python scripts/cards.py` writes `model_cards/`.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from mmzoo import masks
+from mmzoo.registry import Entry
+
+
+def card(entry: Entry) -> str:
+    """README.md of a model: metadata as the Hub reads it, facts, the rule, prose."""
+    rule = masks.rule(entry.rule)
+    rules = rule if isinstance(rule, tuple) else (rule,)
+    prose = resources.files("mmzoo") / "assets" / "cards" / f"{entry.name}.md"
+    arxiv = entry.paper.removeprefix("arXiv:")
+    metadata = [
+        "library_name: mmzoo",
+        f"pipeline_tag: {entry.task}",
+        *([f"license: {entry.license}"] if entry.license else []),
+        "tags:",
+        *(f"- {tag}" for tag in ("mmzoo", entry.family, entry.rule, entry.scheme, f"arxiv:{arxiv}")),
+    ]
+    facts = {
+        "weights": entry.weights or "none: `mmzoo.load` builds it with `weights=None`",
+        "licence of the weights": (entry.license or "-")
+        + (" (non-commercial use only)" if entry.non_commercial else ""),
+        "mask": entry.rule,
+        "positions": entry.scheme,
+        "paper": f"[arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})",
+    }
+    lines = [
+        "---",
+        *metadata,
+        "---",
+        "",
+        f"# {entry.name}",
+        "",
+        f"{entry.summary}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {label} | {value} |" for label, value in facts.items()),
+        "",
+        "```python",
+        "import mmzoo",
+        "",
+        f'model = mmzoo.load("{entry.name}"' + (")" if entry.weights else ", weights=None)"),
+        'model.ask("clip.mp4", "what colour is the square")',
+        "```",
+        "",
+        "The mask as mmzoo declares it:",
+        "",
+        "```",
+        *(repr(one) for one in rules),
+        "```",
+    ]
+    if prose.is_file():
+        lines += ["", prose.read_text().strip()]
+    return "\n".join(lines) + "\n"

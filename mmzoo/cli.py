@@ -1,0 +1,173 @@
+"""The command `mmzoo`: thin, and each command imports the rooms it needs when asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import mmzoo
+from mmzoo.errors import InputError, MmzooError
+
+if TYPE_CHECKING:
+    from mmzoo.language import Answer, MultimodalLM
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Video and vision-language models whose attention is not plain causal.",
+)
+console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")]
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="with * and ?")] = "*",
+    task: Annotated[str | None, typer.Option(help="only models for this task")] = None,
+    pretrained: Annotated[bool | None, typer.Option(help="only models with, or without, weights")] = None,
+) -> None:
+    """The models of the zoo."""
+    from mmzoo.registry import entry
+
+    table = Table("name", "mask", "positions", "weights", "licence", "summary")
+    for name in mmzoo.list_models(pattern, task=task, pretrained=pretrained):
+        found = entry(name)
+        table.add_row(name, found.rule, found.scheme, found.weights or "-", found.license or "-", found.summary)
+    console.print(table)
+
+
+@app.command()
+def info(name: Annotated[str, typer.Argument(help="a registered name")]) -> None:
+    """One model: what it is, its mask, where its weights are."""
+    from mmzoo import masks
+    from mmzoo.registry import entry
+
+    found = entry(name)
+    for label in ("name", "summary", "task", "paper", "weights", "license", "scheme"):
+        console.print(f"{label:9} {getattr(found, label) or '-'}")
+    model = mmzoo.create(name, device="meta")
+    console.print(f"{'size':9} {sum(p.numel() for p in model.parameters()):,} parameters")
+    rule = masks.rule(found.rule)
+    for one in rule if isinstance(rule, tuple) else (rule,):
+        console.print(repr(one))
+
+
+@app.command()
+def ask(
+    name: Annotated[str, typer.Argument(help="a registered name, hf-hub:org/name, or a folder")],
+    question: Annotated[str, typer.Argument(help="the question")],
+    video: Annotated[Path | None, typer.Option(help="a video file, or a folder of frames")] = None,
+    image: Annotated[Path | None, typer.Option(help="an image file")] = None,
+    attention: Annotated[str, typer.Option(help="sdpa or eager")] = "sdpa",
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    output: OutputFolder = Path("ask_output"),
+) -> None:
+    """Ask a model about a video or an image."""
+    if (video is None) == (image is None):
+        raise InputError("Give one of --video and --image.")
+    model = _load(name, attention=attention, device=device)
+    answer = model.ask(video or image, question)
+    _print_answers([(question, answer, None)])
+    _draw(model, answer, output)
+
+
+@app.command()
+def mask(
+    rule: Annotated[str, typer.Argument(help="a mask's name; `mmzoo mask list` names them")],
+    layout: Annotated[
+        str, typer.Option(help="spans such as text:4, image:3x3, video:3x2x2 (frames first), answer:3")
+    ] = "text:3 video:3x2x2 text:4 answer:3",
+    output: Annotated[Path, typer.Option("--output", "-o", help="the PNG")] = Path("mask.png"),
+) -> None:
+    """Print a rule and draw its mask over a layout."""
+    from mmzoo import masks
+    from mmzoo.attention import draw
+    from mmzoo.layout import lay_out
+
+    if rule == "list":
+        console.print("\n".join(masks.RULES))
+        return
+    found = masks.rule(rule, **_EXAMPLES.get(rule, {}))
+    for one in found if isinstance(found, tuple) else (found,):
+        console.print(repr(one))
+    console.print(f"drawn in {draw(found, lay_out(*map(_span, layout.split())), output)}")
+
+
+_EXAMPLES: dict[str, dict[str, Any]] = {"sliding-window": {"window": 4}, "sink-window": {"window": 2, "sink_frames": 1}}
+
+
+def _span(word: str) -> Any:
+    from mmzoo import layout as spans
+
+    kind, _, size = word.partition(":")
+    makers = {
+        "text": lambda n: spans.text(n),
+        "answer": lambda n: spans.text(n, spans.Role.ANSWER),
+        "image": spans.image,
+        "video": spans.video,
+    }
+    try:
+        return makers[kind](*map(int, size.split("x")))
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"Cannot read the span {word!r}. Write text:4, answer:3, image:3x3 or video:3x2x2.") from error
+
+
+@app.command()
+def demo(output: OutputFolder = Path("demo_output")) -> None:
+    """Let the small model that ships with mmzoo answer questions about a small video that ships with it."""
+    clips = resources.files("mmzoo") / "assets" / "demo"
+    model = _load("aki-nano")
+    for clip in json.loads((clips / "questions.json").read_text()):
+        path = Path(str(clips / clip["video"]))
+        console.print(f"\n[bold]{clip['video']}[/]: {clip['shows']}")
+        rows = [(question, model.ask(path, question), right) for question, right in clip["questions"]]
+        _print_answers(rows)
+        _draw(model, rows[0][1], output, path.stem)
+
+
+def _load(name: str, **options: Any) -> MultimodalLM:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with console.status(f"loading {name}"):
+        return mmzoo.load(name, **options)
+
+
+def _print_answers(rows: list[tuple[str, Answer, str | None]]) -> None:
+    with_truth = any(right is not None for _, _, right in rows)
+    table = Table("question", "answer", *(["right answer"] if with_truth else []), "confidence")
+    for question, answer, right in rows:
+        truth = [] if not with_truth else [f"[{'green' if answer.text == right else 'red'}]{right}[/]"]
+        table.add_row(question, answer.text, *truth, f"{answer.confidence:.2f}")
+    console.print(table)
+    video = rows[0][1].video
+    if video is not None:
+        console.print(f"read {video}", soft_wrap=True)
+
+
+def _draw(model: MultimodalLM, answer: Answer, folder: Path, stem: str = "") -> None:
+    from mmzoo.attention import draw
+    from mmzoo.media.sheet import contact_sheet
+
+    prefix = f"{stem}_" if stem else ""
+    if answer.video is not None:
+        console.print(f"frames:  {contact_sheet(answer.video, folder / f'{prefix}frames.png')}")
+    console.print(f"mask:    {draw(model.rule, answer.layout, folder / f'{prefix}mask.png')}")
+
+
+def main() -> None:
+    """Run the command; an error of mmzoo is printed without its traceback."""
+    try:
+        app()
+    except MmzooError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}:[/] {error}", soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,185 @@
+"""Weights in and out: safetensors + config.json + card, from the Hub, the package or a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmzoo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmzoo.language import MultimodalLM
+    from mmzoo.registry import Entry
+
+HUB, PACKAGE = "hf-hub:", "package:"
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def is_location(name: str) -> bool:
+    """Whether a name says where weights are, rather than being a registered name."""
+    return name.startswith((HUB, PACKAGE)) or Path(name).is_dir() or "/" in name or "\\" in name
+
+
+def locate(place: str) -> Path:
+    """The local folder of "hf-hub:org/name[@revision]" (downloaded into the Hub's cache), "package:..." or a path.
+
+    Raises:
+        CheckpointError: it is not there, or cannot be downloaded. Random weights are never put in its place.
+    """
+    if place.startswith(HUB):
+        from huggingface_hub import snapshot_download
+
+        repo, _, revision = place.removeprefix(HUB).partition("@")
+        try:
+            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_FILES))
+        except Exception as error:  # the client raises classes of its own, of requests and of the standard library
+            raise CheckpointError(
+                f"Cannot download {place}: {type(error).__name__}: {error}\nWithout a connection, give a local folder."
+            ) from error
+    elif place.startswith(PACKAGE):
+        folder = Path(str(resources.files("mmzoo") / "assets" / place.removeprefix(PACKAGE)))
+    else:
+        folder = Path(place)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"No checkpoint at {place}: {folder} has no config.json.")
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises CheckpointError if it is no JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {folder / 'config.json'}: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} does not hold a configuration.")
+    return config
+
+
+def read_state(folder: Path, sha256: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a folder with model.safetensors, or with shards and their index.
+
+    Args:
+        folder: the checkpoint.
+        sha256: file name -> digest that must hold.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not the known one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state: dict[str, torch.Tensor] = {}
+    for name in _shards(folder):
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"The checkpoint {folder} lacks the file {name}.")
+        known = (sha256 or {}).get(name)
+        if known is not None:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != known:
+                raise CheckpointError(f"{path} is damaged or another file: its sha256 is {found}, not {known}.")
+        try:
+            state.update(load_file(path))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
+    return state
+
+
+def _shards(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged: {error!r}.") from error
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!r}, which is no file of this checkpoint.")
+    return names
+
+
+def load_from(place: str, entry: Entry | None = None, *, dtype: torch.dtype | None = None) -> MultimodalLM:
+    """The model and processor of a checkpoint, mmzoo's own or one released by a family's authors.
+
+    Raises:
+        CheckpointError: nothing in the zoo can read it, or it does not fit the model.
+    """
+    from mmzoo.registry import families
+
+    folder = locate(place)
+    described = read_config(folder)
+    known = families()
+    state = read_state(folder, entry.sha256 if entry else None)
+    module = known.get(described.get("model_type", ""))
+    if module is not None:
+        config = module.MODEL.config_class.from_pretrained(folder)
+        processor = module.PROCESSOR.from_pretrained(folder)
+    else:
+        module = entry.module if entry else next((m for m in known.values() if m.is_release(described)), None)
+        if module is None or not module.is_release(described):
+            raise CheckpointError(
+                f"{place} is no checkpoint that mmzoo can read: its config.json has model_type "
+                f"{described.get('model_type')!r} and is not a known release either."
+            )
+        config, processor = module.read_release(folder, described)
+    model = fill(module.MODEL, config, state, dtype=dtype)
+    model.processor = processor
+    return model
+
+
+def fill(
+    model_class: type[MultimodalLM], config: Any, state: dict[str, torch.Tensor], *, dtype: torch.dtype | None = None
+) -> MultimodalLM:
+    """A model with exactly these tensors.
+
+    Raises:
+        CheckpointError: names or shapes differ; all of them are listed.
+    """
+    model, report = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype or "auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    problems = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint does not fit {model_class.__name__}.",
+            missing=report["missing_keys"],
+            unexpected=report["unexpected_keys"],
+            misshapen=[(name, tuple(there), tuple(here)) for name, there, here in report["mismatched_keys"]],
+        )
+    return model
+
+
+def save(model: MultimodalLM, folder: str | Path, card: str | None = None) -> Path:
+    """Write model.safetensors, config.json, the processor's files and README.md, each whole or not at all.
+
+    Args:
+        model: with its processor.
+        folder: made if it does not exist; files of the same names are replaced, config.json last.
+        card: text of README.md.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as name:
+        model.save_pretrained(name)
+        if model.processor is not None:
+            model.processor.save_pretrained(name)
+        if card is not None:
+            (Path(name) / "README.md").write_text(card)
+        for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(folder / path.name)
+    return folder

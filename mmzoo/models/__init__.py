@@ -1,0 +1,9 @@
+"""The zoo: one line a model. Each family is one file beside this one."""
+
+from mmzoo.registry import Entry, register
+
+VIDEO = "video-text-to-text"
+_AKI = {"family": "aki", "task": VIDEO, "rule": "modality-mutual", "scheme": "sequential", "paper": "arXiv:2503.02597"}
+
+register(Entry("aki-4b", **_AKI, summary="SigLIP-so400m, Perceiver resampler, Phi-3.5-mini", weights="hf-hub:Sony/AKI-4B-phi-3.5-mini", license="cc-by-nc-4.0"))  # fmt: skip  # noqa: E501
+register(Entry("aki-tiny", **_AKI, summary="AKI's classes at test size, random weights"))

@@ -1,0 +1,190 @@
+"""Names -> entries. One new model is one file in `mmzoo/models` and one line in `mmzoo/models/__init__.py`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mmzoo.errors import InputError, NoPretrainedWeights, UnknownModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmzoo.language import MultimodalLM
+
+
+class NonCommercialWeights(UserWarning):
+    """The weights that were just loaded may not be used commercially."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo.
+
+    Attributes:
+        name: `<system>-<size>`.
+        family: a file of `mmzoo.models`, or a dotted module name. The module holds `MODEL`, `CONFIGS` (name ->
+            configuration) and `processor(name, config)`.
+        task: what it does, in the Hub's words: "video-text-to-text", "image-text-to-text" ...
+        rule: name of its mask.
+        scheme: name of its positions.
+        paper: where it is described.
+        summary: one line.
+        weights: where they are: "hf-hub:org/name", "package:<folder of mmzoo/assets>", or None.
+        license: of the weights, as the Hub names it; None without weights.
+        sha256: file name -> digest, where known; checked when loading.
+    """
+
+    name: str
+    family: str
+    task: str
+    rule: str
+    scheme: str
+    paper: str
+    summary: str
+    weights: str | None = None
+    license: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def module(self) -> ModuleType:
+        """The family's module, imported."""
+        return importlib.import_module(self.family if "." in self.family else f"mmzoo.models.{self.family}")
+
+    @property
+    def non_commercial(self) -> bool:
+        """Whether the licence of the weights forbids commercial use."""
+        return self.license is not None and "-nc" in self.license
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(entry: Entry) -> Entry:
+    """Add an entry. Raises InputError if its name is taken by another one."""
+    if _ENTRIES.setdefault(entry.name, entry) != entry:
+        raise InputError(f"A model named {entry.name!r} is registered already. Choose another name.")
+    return entry
+
+
+def entry(name: str) -> Entry:
+    """The entry of that name. Raises UnknownModel, with the three closest names."""
+    if name not in _ENTRIES:
+        close = difflib.get_close_matches(name, _ENTRIES, n=3, cutoff=0.0)
+        raise UnknownModel(
+            f"Unknown model {name!r}. The closest names are {', '.join(close)}. mmzoo.list_models() gives them all; "
+            "models on the Hub are named 'hf-hub:org/name', local ones by their folder."
+        )
+    return _ENTRIES[name]
+
+
+def list_models(pattern: str = "*", *, task: str | None = None, pretrained: bool | None = None) -> list[str]:
+    """Names that match a pattern such as "aki-*", in natural order.
+
+    Args:
+        pattern: with `*` and `?`.
+        task: only models for this task.
+        pretrained: only models with (True) or without (False) weights.
+    """
+    found = [
+        entry.name
+        for entry in _ENTRIES.values()
+        if fnmatch(entry.name, pattern)
+        and task in (None, entry.task)
+        and pretrained in (None, entry.weights is not None)
+    ]
+    return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def create(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+    **overrides: Any,
+) -> MultimodalLM:
+    """A model with random weights, evaluation mode, with its processor where that needs no download.
+
+    Args:
+        name: a registered name.
+        device: "meta" builds names and shapes only.
+        dtype: float32 if None.
+        attention: "sdpa" or "eager".
+        **overrides: fields of the family's configuration.
+
+    Raises:
+        UnknownModel: no such name.
+        UnsupportedMask: the backend cannot express the model's rule.
+    """
+    import torch
+
+    found = entry(name)
+    module = found.module
+    config = module.MODEL.config_class(**{**module.CONFIGS[name], **overrides})
+    with torch.device(device):
+        model = module.MODEL._from_config(config, dtype=dtype or torch.float32)
+    model.set_attention(attention)
+    model.processor = module.processor(name, config)
+    return model.eval()
+
+
+def load(
+    name: str,
+    weights: str | None = "default",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+) -> MultimodalLM:
+    """A model with its weights and its `.processor`, in evaluation mode.
+
+    Args:
+        name: a registered name, "hf-hub:org/name" (with "@revision"), or a local folder.
+        weights: where a registered model's weights come from: "default", another "hf-hub:..." or folder, or None for
+            random ones.
+        device: where it is put.
+        dtype: the checkpoint's own if None.
+        attention: "sdpa" or "eager".
+
+    Raises:
+        UnknownModel: no such name.
+        NoPretrainedWeights: no weights are known for it.
+        CheckpointError: the checkpoint is missing, damaged, or of another model.
+        UnsupportedMask: the backend cannot express the model's rule.
+    """
+    from mmzoo import hub
+
+    place: str | None
+    if name in _ENTRIES or not hub.is_location(name):
+        found = entry(name)
+        if weights is None:
+            return create(name, device=device, dtype=dtype, attention=attention)
+        place = found.weights if weights == "default" else weights
+        if place is None:
+            raise NoPretrainedWeights(
+                f"No pretrained weights are known for {name!r}. Use load({name!r}, weights=None) for random ones, or "
+                "weights='hf-hub:org/name' or a folder."
+            )
+    else:
+        found, place = None, name
+    model = hub.load_from(place, found, dtype=dtype)
+    model.set_attention(attention)
+    if found and found.non_commercial:
+        warnings.warn(
+            f"The weights of {name!r} are licensed {found.license}: non-commercial use only.", NonCommercialWeights, 2
+        )
+    return model.to(device).eval()
+
+
+def families() -> dict[str, ModuleType]:
+    """model_type of the configuration -> family module, for every registered family."""
+    modules = {found.family: found.module for found in _ENTRIES.values()}
+    return {module.MODEL.config_class.model_type: module for module in modules.values()}

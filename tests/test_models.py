@@ -1,0 +1,184 @@
+"""Every registered model: whoever registers one is tested without anyone remembering."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BatchFeature
+
+import mmzoo
+from mmzoo import hub, masks
+from mmzoo.errors import NoPretrainedWeights
+from mmzoo.language import MultimodalLM
+from mmzoo.layout import TokenLayout
+from mmzoo.registry import entry
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [name for name in mmzoo.list_models() if name.endswith(("-tiny", "-nano"))]
+SHIPPED = [name for name in mmzoo.list_models() if (entry(name).weights or "").startswith("package:")]
+
+# What the specifications give for the full-size models: tensors and parameters.
+SIZES = {"aki-4b": (718, 4_330_957_954)}
+
+
+def clip(seed: int, frames: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, 40, 48, 3), dtype=np.uint8)
+
+
+def a_model(name: str) -> MultimodalLM:
+    """A small model whose weights are large enough for every token to matter."""
+    torch.manual_seed(0)
+    model = mmzoo.create(name)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def questions(model: MultimodalLM) -> list[str]:
+    words = sorted(word for word in model.processor.tokenizer.get_vocab() if word.isalpha())[:8]
+    return [" ".join(words[:length]) for length in (3, 7, 5)]
+
+
+def inputs(model: MultimodalLM, rows: list[int], padding_side: str = "left") -> BatchFeature:
+    asked = questions(model)
+    texts = [model.processor.prompt(asked[i], "<video>" if i < 2 else "") for i in rows]
+    videos = [[clip(i)] if i < 2 else [] for i in rows]
+    return model.processor(texts, videos=videos, padding_side=padding_side)
+
+
+@pytest.mark.parametrize("name", mmzoo.list_models())
+def test_builds_on_meta_as_its_specification_says(name: str) -> None:
+    model = mmzoo.create(name, device="meta")
+    state = model.state_dict()
+    assert all(tensor.is_meta for tensor in state.values())
+    if name in SIZES:
+        assert (len(state), sum(p.numel() for p in model.parameters())) == SIZES[name]
+
+
+def test_every_full_size_model_has_a_known_size() -> None:
+    assert set(SIZES) == set(mmzoo.list_models()) - set(SMALL)
+
+
+@pytest.mark.parametrize("name", mmzoo.list_models())
+def test_every_family_has_a_tiny_twin(name: str) -> None:
+    assert any(entry(small).family == entry(name).family for small in SMALL if small.endswith("-tiny"))
+
+
+@pytest.mark.parametrize("name", mmzoo.list_models())
+def test_entry_and_model_agree(name: str) -> None:
+    found, model = entry(name), mmzoo.create(name, device="meta")
+    assert model.rule == masks.rule(found.rule, **model.config.rule_options)
+    assert model.config.scheme == found.scheme
+    assert (found.license is None) == (found.weights is None)
+    if found.weights is None:
+        with pytest.raises(NoPretrainedWeights, match="weights=None"):
+            mmzoo.load(name)
+
+
+@pytest.mark.parametrize("name", mmzoo.list_models())
+def test_card_is_there_and_current(name: str) -> None:
+    from mmzoo.cards import card
+
+    assert (ROOT / "model_cards" / f"{name}.md").read_text() == card(entry(name))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", SMALL)
+def test_forward_and_backward(name: str, attention: str) -> None:
+    model = a_model(name)
+    model.set_attention(attention)
+    batch = model.processor(
+        [model.processor.prompt(question, "<video>") + question for question in questions(model)[:2]],
+        videos=[[clip(0)], [clip(1)]],
+        padding_side="right",
+        labels=True,
+    )
+    outputs = model(**batch)
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    outputs.loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    # SigLIP's pooling head is part of released checkpoints and unused.
+    assert all(".head." in name for name in without)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_backends_agree(name: str) -> None:
+    model, results = a_model(name), {}
+    batch = inputs(model, [0, 1, 2])
+    for attention in ("sdpa", "eager"):
+        model.set_attention(attention)
+        valid = TokenLayout(batch["layout"]).valid
+        results[attention] = model(**batch).logits[valid]
+    torch.testing.assert_close(results["sdpa"], results["eager"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("name", SMALL)
+def test_batch_equals_singles(name: str, padding_side: str) -> None:
+    model = a_model(name)
+    batch = inputs(model, [0, 1, 2], padding_side)
+    logits, layout = model(**batch).logits, TokenLayout(batch["layout"])
+    for i in range(3):
+        alone = model(**inputs(model, [i])).logits[0]
+        torch.testing.assert_close(logits[i][layout.valid[i]], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("name", SMALL)
+def test_batch_answers_as_its_samples_do(name: str, options: dict) -> None:
+    model = a_model(name)
+    batch = inputs(model, [0, 1, 2])
+    length = batch["input_ids"].shape[1]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
+    together = model.generate(**batch, **options)[:, length:]
+    for i in range(3):
+        single = inputs(model, [i])
+        alone = model.generate(**single, **options)[:, single["input_ids"].shape[1] :]
+        assert together[i].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", SMALL)
+def test_cached_decoding_equals_a_full_forward(name: str, attention: str) -> None:
+    model = a_model(name)
+    model.set_attention(attention)
+    batch = inputs(model, [0, 1, 2])
+    outputs = model.generate(
+        **batch, max_new_tokens=5, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+    )
+    length = batch["input_ids"].shape[1]
+    layout = TokenLayout(batch["layout"]).with_answer(5)
+    full = model(outputs.sequences, layout, pixel_values=batch["pixel_values"]).logits
+    torch.testing.assert_close(torch.stack(outputs.logits, 1), full[:, length - 1 : -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_save_and_load_round_trip(name: str, tmp_path: Path) -> None:
+    model = a_model(name)
+    hub.save(model, tmp_path / "model", card="# A card")
+    again = mmzoo.load(str(tmp_path / "model"))
+    for (key, one), (other_key, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert key == other_key
+        assert torch.equal(one, other)
+    assert again.processor.to_dict() == model.processor.to_dict()
+    question = questions(model)[0]
+    before, after = (one.ask(clip(0), question, max_new_tokens=4) for one in (model, again))
+    assert (before.text, before.confidence) == (after.text, after.confidence)
+    assert (tmp_path / "model" / "README.md").read_text() == "# A card"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_load(name: str) -> None:
+    model = mmzoo.load(name)
+    assert model.processor is not None
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 500_000
+    assert set(entry(name).sha256) == {"model.safetensors"}
+
+
+def test_shipped_weights_stay_small() -> None:
+    assets = ROOT / "mmzoo" / "assets"
+    assert sum(path.stat().st_size for path in assets.rglob("*.safetensors")) < 10e6
