@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import mmzoo
-from mmzoo.errors import InputError, MmzooError
+from mmzoo.errors import InputError, MissingExtra, MmzooError
 
 if TYPE_CHECKING:
     from mmzoo.language import Answer, MultimodalLM
@@ -134,6 +135,29 @@ def demo(output: OutputFolder = Path("demo_output")) -> None:
         _draw(model, rows[0][1], output, path.stem)
 
 
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def fit(context: typer.Context) -> None:
+    """Train: `mmzoo fit --config aki-nano`, or a YAML file; options as LightningCLI's (`mmzoo fit --help`)."""
+    _lightning("fit", context)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def validate(context: typer.Context) -> None:
+    """Validate a configuration's model; options as LightningCLI's."""
+    _lightning("validate", context)
+
+
+def _lightning(subcommand: str, context: typer.Context) -> None:
+    try:
+        from mmzoo_training.cli import main as lightning_main
+    except ImportError as error:
+        raise MissingExtra("lightning", "train", f"mmzoo {subcommand}") from error
+    lightning_main([subcommand, *context.args])
+
+
 def _load(name: str, **options: Any) -> MultimodalLM:
     from transformers.utils import logging
 
@@ -147,11 +171,11 @@ def _print_answers(rows: list[tuple[str, Answer, str | None]]) -> None:
     table = Table("question", "answer", *(["right answer"] if with_truth else []), "confidence")
     for question, answer, right in rows:
         truth = [] if not with_truth else [f"[{'green' if answer.text == right else 'red'}]{right}[/]"]
-        table.add_row(question, answer.text, *truth, f"{answer.confidence:.2f}")
+        table.add_row(escape(question), escape(answer.text), *truth, f"{answer.confidence:.2f}")
     console.print(table)
     video = rows[0][1].video
     if video is not None:
-        console.print(f"read {video}", soft_wrap=True)
+        console.print(f"read {escape(str(video))}", soft_wrap=True)
 
 
 def _draw(model: MultimodalLM, answer: Answer, folder: Path, stem: str = "") -> None:
@@ -169,5 +193,6 @@ def main() -> None:
     try:
         app()
     except MmzooError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}:[/] {error}", soft_wrap=True)
+        said = f"[bold red]{type(error).__name__}:[/] {escape(str(error))}"
+        Console(stderr=True, highlight=False).print(said, soft_wrap=True)
         sys.exit(1)

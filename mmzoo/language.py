@@ -149,15 +149,21 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         most = pixel_values.shape[1]
         real = torch.arange(most, device=count.device) < count[:, None]
         if int(count.max()) > most:
+            raise InputError(f"A sample has {int(count.max())} images or frames in its layout, pixel_values has {most}.")
+        return self.place(embeddings, layout, self.visual_tokens(pixel_values[real].to(embeddings.dtype)))
+
+    def place(self, embeddings: Tensor, layout: TokenLayout, tokens: Tensor) -> Tensor:
+        """Embeddings [B, Q, D] with visual tokens [..., V, D] in the layout's visual places, in order.
+
+        Raises:
+            InputError: there are more or fewer tokens than places.
+        """
+        tokens = tokens.flatten(0, -2)
+        if len(tokens) != int(layout.visual.sum()):
             raise InputError(
-                f"A sample has {int(count.max())} images or frames in its layout, pixel_values has {most}."
+                f"There are {len(tokens)} visual tokens, and the layout has {int(layout.visual.sum())} places for them."
             )
-        tokens = self.visual_tokens(pixel_values[real].to(embeddings.dtype)).flatten(0, 1)
-        if len(tokens) != int(visual.sum()):
-            raise InputError(
-                f"The encoder gives {len(tokens)} visual tokens, the layout has {int(visual.sum())} places for them."
-            )
-        return embeddings.masked_scatter(visual[..., None], tokens.to(embeddings.dtype))
+        return embeddings.masked_scatter(layout.visual[..., None], tokens.to(embeddings.dtype))
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.language_model.get_input_embeddings()

@@ -121,6 +121,13 @@ class AKI(MultimodalLM):
     def language_model(self) -> PreTrainedModel:
         return self.lang_model
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """The tables as the language model's own; the connector keeps torch's initialisation."""
+        if isinstance(module, (nn.Embedding, DecoupledLinear)) or module is self.lang_model.lm_head.additional_fc:
+            nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
         """[N, V, D] of images [N, C, H, W], or of media of F frames [N, F, C, H, W] whose patches are joined."""
         frames = pixel_values.flatten(0, -4)
@@ -243,13 +250,38 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+_TINY = CONFIGS["aki-tiny"]
+CONFIGS["aki-nano"] = {
+    **_TINY,
+    "text_config": {
+        **_TINY["text_config"],
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "initializer_range": 0.1,
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "vision_use_head": False,
+    },
+    "num_vision_tokens": 6,
+    "resampler": {"depth": 1, "dim_head": 16, "heads": 4},
+}
+
+
 def processor(name: str, config: AKIConfig) -> AKIProcessor | None:
     """The processor of a model with random weights; None where its tokenizer would have to be downloaded."""
     if name == "aki-4b":
         return None
-    side = config.vision_config.image_size
+    side, frames = config.vision_config.image_size, 4 if name == "aki-tiny" else 8
     return AKIProcessor(
-        aki_image_processor(side), word_tokenizer(VOCABULARY), config.num_vision_tokens, system="", num_frames=4
+        aki_image_processor(side), word_tokenizer(VOCABULARY), config.num_vision_tokens, system="", num_frames=frames
     )
 
 

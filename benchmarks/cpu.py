@@ -1,0 +1,130 @@
+"""Import time and decoding speed on a CPU, each as a ratio measured side by side in one run.
+
+python benchmarks/cpu.py [--json benchmarks/results/cpu.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+
+from mmzoo.files import replacing
+
+# SmolLM2-135M's shape, with half of its layers.
+BACKBONE = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 15,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NEW_TOKENS = 64
+
+
+def import_seconds(statement: str) -> float:
+    """Wall seconds of a fresh process that runs the statement."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", statement], check=True)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    first: Callable[[], float], second: Callable[[], float], rounds: int
+) -> tuple[list[float], list[float]]:
+    """Alternating measurements, so that a busy moment of the machine meets both."""
+    pairs = [(first(), second()) for _ in range(rounds)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def imports(rounds: int = 7) -> dict[str, float]:
+    torch_alone, with_mmzoo = interleaved(
+        lambda: import_seconds("import torch"), lambda: import_seconds("import torch, mmzoo"), rounds
+    )
+    return {
+        "import torch, s": statistics.median(torch_alone),
+        "import torch, mmzoo, s": statistics.median(with_mmzoo),
+        "difference, s": statistics.median(b - a for a, b in zip(torch_alone, with_mmzoo, strict=True)),
+    }
+
+
+def decoding(attention: str, rows: int, rounds: int = 5) -> dict[str, float]:
+    """Tokens a second of plain transformers and of mmzoo's rule-driven model, same backbone, same weights."""
+    from mmzoo.language import LanguageModel, MultimodalConfig
+    from mmzoo.layout import batch, lay_out, text, video
+
+    torch.manual_seed(0)
+    model = LanguageModel(MultimodalConfig(text_config=BACKBONE, rule="modality-mutual")).eval()
+    model.set_attention(attention)
+    plain = transformers.AutoModelForCausalLM.from_config(
+        model.config.text_config, attn_implementation="sdpa" if attention == "sdpa" else "eager"
+    ).eval()
+    plain.load_state_dict(model.model.state_dict())
+    # Rows of unequal length, so that both must mask padding.
+    layout = batch([lay_out(text(20 + 3 * i), video(8, 4, 4), text(12)) for i in range(rows)], "left")
+    ids = torch.randint(3, 1000, layout.sample.shape)
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+
+    def speed(generate: Callable[[], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        generate()
+        return rows * NEW_TOKENS / (time.perf_counter() - start)
+
+    def run_plain() -> float:
+        return speed(lambda: plain.generate(ids, attention_mask=layout.attention_mask, **options))
+
+    def run_mmzoo() -> float:
+        return speed(lambda: model.generate(ids, layout, **options))
+
+    run_plain(), run_mmzoo()
+    theirs, ours = interleaved(run_plain, run_mmzoo, rounds)
+    return {
+        "transformers, tokens/s": statistics.median(theirs),
+        "mmzoo, tokens/s": statistics.median(ours),
+        "ratio": statistics.median(b / a for a, b in zip(theirs, ours, strict=True)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
+    path = parser.parse_args().json
+    torch.set_num_threads(1)
+    results = {
+        "date": date.today().isoformat(),
+        "device": f"{platform.machine()} CPU, one thread",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "import": imports(),
+        **{
+            f"decoding, {attention}, batch {rows}": decoding(attention, rows)
+            for attention in ("sdpa", "eager")
+            for rows in (1, 4)
+        },
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

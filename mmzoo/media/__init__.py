@@ -1,0 +1,9 @@
+"""Pictures and video: read, sample, write. Failures are one typed error each; nothing falls back silently."""
+
+from __future__ import annotations
+
+from mmzoo.media.image import read_image
+from mmzoo.media.sampling import SAMPLING_RULES, sample_indices
+from mmzoo.media.video import Video, read_video, write_video
+
+__all__ = ["SAMPLING_RULES", "Video", "read_image", "read_video", "sample_indices", "write_video"]

@@ -1,0 +1,319 @@
+"""Learning in the synthetic world: clips and questions as batches, and the module that learns to answer.
+
+Shape legend: C clips, T frames, R questions (rows of the language model), L tokens, K layout fields, V tokens a frame,
+D width, P patches a frame, X colours of the world.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import mmzoo
+from mmzoo.layout import TokenLayout
+from mmzoo.processing import IMAGE, MultimodalProcessor
+from mmzoo.world import COLOURS, QUESTION_KINDS, SHAPES, Clip, Question, make_clip
+
+ABSENT = 0
+_COLOURS, _SHAPES = tuple(COLOURS), tuple(SHAPES)
+
+
+class QuestionBatches(IterableDataset):
+    """Endless batches of new clips, or a fixed set of them; clip i is always the same."""
+
+    def __init__(self, processor: MultimodalProcessor, data: WorldData, split: str, clips: int | None = None):
+        self.processor, self.data, self.split, self.clips = processor, data, split, clips
+        self._layouts: dict[tuple[int, ...], tuple[list[int], TokenLayout]] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first = 0
+        while self.clips is None or first < self.clips:
+            count = self.data.batch_size if self.clips is None else min(self.data.batch_size, self.clips - first)
+            yield self.batch([self.clip(first + i) for i in range(count)], random.Random(first))
+            first += count
+
+    def __len__(self) -> int:
+        if self.clips is None:
+            raise TypeError("new clips never end")
+        return math.ceil(self.clips / self.data.batch_size)
+
+    def clip(self, seed: int) -> Clip:
+        return make_clip(seed, split=self.split, size=self.data.size, num_frames=self.data.num_frames)
+
+    def batch(self, clips: Sequence[Clip], rng: random.Random) -> dict[str, Any]:
+        """frames uint8 [C, T, H, W, 3]; owner [R]; input_ids, labels [R, L]; layout [R, L, K]; kinds; looks; places."""
+        chosen = [(i, question) for i, clip in enumerate(clips) for question in self.choose(clip, rng)]
+        rows = [self.row(question) for _, question in chosen]
+        collated = self.processor.collate(
+            [ids for ids, _ in rows],
+            [layout for _, layout in rows],
+            [()] * len(rows),
+            padding_side="right",
+            labels=True,
+        )
+        looks, places = describe(clips, self.data.num_frames)
+        return {
+            **collated,
+            "frames": torch.from_numpy(np.stack([clip.frames for clip in clips])),
+            "owner": torch.tensor([i for i, _ in chosen]),
+            "kinds": [question.kind for _, question in chosen],
+            "looks": looks,
+            "places": places,
+        }
+
+    def choose(self, clip: Clip, rng: random.Random) -> list[Question]:
+        """All questions of a fixed set; some of a training clip, rare kinds and weighted kinds first."""
+        if self.clips is not None:
+            return list(clip.questions)
+        kinds = [question.kind for question in clip.questions]
+        weights = self.data.question_weights
+        key = [rng.random() ** (kinds.count(kind) / weights.get(kind, 1.0)) for kind in kinds]
+        order = sorted(range(len(key)), key=key.__getitem__, reverse=True)
+        return [clip.questions[i] for i in order[: self.data.questions_per_clip]]
+
+    def row(self, question: Question) -> tuple[list[int], TokenLayout]:
+        """Ids with a place for every visual token, and their layout; layouts of the same shape are made once."""
+        text = self.processor.prompt(question.text, IMAGE * self.data.num_frames) + question.answer
+        tokens = self.processor.tokenizer(text)["input_ids"] + [self.processor.tokenizer.eos_token_id]
+        markers = set(self.processor.tokenizer.get_added_vocab().values())
+        shape = tuple(token if token in markers else -1 for token in tokens)
+        if shape not in self._layouts:
+            pixels = torch.zeros(self.data.num_frames, 3, 1, 1)
+            self._layouts[shape] = self.processor.lay_out(tokens, [self.processor.image_span(x) for x in pixels])
+        template, layout = self._layouts[shape]
+        words = iter([token for token in tokens if token not in markers])
+        return [token if token in markers else next(words) for token in template], layout
+
+
+class WorldData(lightning.LightningDataModule):
+    """Clips and questions of the synthetic world.
+
+    Args:
+        model_name: whose processor lays the questions out.
+        batch_size: clips of a batch.
+        questions_per_clip: questions of a clip in training; its visual tokens are made once for all of them.
+        question_weights: how much more often a kind is asked than the others.
+        size: pixels of a frame's side.
+        num_frames: frames of a clip.
+        val_clips: clips of the validation set.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "aki-nano",
+        batch_size: int = 12,
+        questions_per_clip: int = 4,
+        question_weights: Mapping[str, float] | None = None,
+        size: int = 32,
+        num_frames: int = 8,
+        val_clips: int = 120,
+    ):
+        super().__init__()
+        self.model_name, self.batch_size, self.questions_per_clip = model_name, batch_size, questions_per_clip
+        self.question_weights = question_weights or {}
+        self.size, self.num_frames, self.val_clips = size, num_frames, val_clips
+
+    @property
+    def processor(self) -> MultimodalProcessor:
+        model = self.trainer.lightning_module.model if self.trainer is not None else mmzoo.create(self.model_name)
+        return model.processor
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(QuestionBatches(self.processor, self, "train"), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(QuestionBatches(self.processor, self, "val", self.val_clips), batch_size=None)
+
+
+def describe(clips: Sequence[Clip], num_frames: int) -> tuple[Tensor, Tensor]:
+    """What every frame shows: looks int64 [C, T, X] (0 absent, else 1 + shape) and places float32 [C, T, X, 2]."""
+    times = (np.arange(num_frames) + 0.5) / num_frames
+    looks = np.zeros((len(clips), num_frames, len(_COLOURS)), np.int64)
+    places = np.zeros((*looks.shape, 2), np.float32)
+    for c, clip in enumerate(clips):
+        for thing in clip.objects:
+            colour = _COLOURS.index(thing.colour)
+            seen = (times > thing.appear) & (times < thing.disappear)
+            looks[c, seen, colour] = 1 + _SHAPES.index(thing.shape)
+            places[c, :, colour] = np.stack(thing.at(times), -1)
+    return torch.from_numpy(looks), torch.from_numpy(places)
+
+
+class FrameDescription(nn.Module):
+    """Heads that make encoder and connector see before they are asked: thrown away after the first stage.
+
+    Each patch says which colour and shape has its centre there; with a connector of one token a colour, each token
+    says shape and place of its colour. The place is said twice, in numbers and in bins: bins make it large enough in
+    the tokens for the language model to tell directions.
+    """
+
+    BINS = 8
+
+    def __init__(self, width: int, token_width: int, tokens: int):
+        super().__init__()
+        self.patch = nn.Linear(width, 1 + len(_COLOURS) + 1 + len(_SHAPES))
+        self.token = nn.Linear(token_width, 1 + len(_SHAPES) + 2 + 2 * self.BINS) if tokens == len(_COLOURS) else None
+
+    def loss(self, patches: Tensor, tokens: Tensor, looks: Tensor, places: Tensor) -> Tensor:
+        """From patches [N, P, D], tokens [N, V, D], looks [N, X] and places [N, X, 2] of N frames."""
+        loss = self.patch_loss(patches, looks, places)
+        return loss if self.token is None else loss + self.token_loss(tokens, looks, places)
+
+    def patch_loss(self, patches: Tensor, looks: Tensor, places: Tensor) -> Tensor:
+        side = math.isqrt(patches.shape[1])
+        cell = (places * side).long().clamp(0, side - 1)
+        cell = cell[..., 1] * side + cell[..., 0]
+        frame, colour = (looks != ABSENT).nonzero(as_tuple=True)
+        at = (frame, cell[frame, colour])
+        patch_colour = looks.new_zeros(patches.shape[:2]).index_put(at, colour + 1)
+        patch_shape = looks.new_zeros(patches.shape[:2]).index_put(at, looks[frame, colour])
+        said_colour, said_shape = self.patch(patches).split((1 + len(_COLOURS), 1 + len(_SHAPES)), -1)
+        return _rare_classes(said_colour, patch_colour, 0.2) + _rare_classes(said_shape, patch_shape, 0.2)
+
+    def token_loss(self, tokens: Tensor, looks: Tensor, places: Tensor) -> Tensor:
+        seen = looks != ABSENT
+        said_look, said_place, said_bins = self.token(tokens).split((1 + len(_SHAPES), 2, 2 * self.BINS), -1)
+        bins = (places[seen] * self.BINS).long().clamp(0, self.BINS - 1)
+        return (
+            _rare_classes(said_look, looks, 0.5)
+            + F.mse_loss(said_place[seen], places[seen] * 4 - 2)
+            + 0.6 * F.cross_entropy(said_bins[seen].unflatten(-1, (2, self.BINS)).flatten(0, 1), bins.flatten())
+        )
+
+
+def _rare_classes(logits: Tensor, target: Tensor, weight_of_none: float) -> Tensor:
+    weight = torch.ones(logits.shape[-1], device=logits.device)
+    weight[0] = weight_of_none
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), weight=weight)
+
+
+class WorldQuestions(lightning.LightningModule):
+    """Trains a model of the zoo on the world's questions.
+
+    First the encoder and the connector learn to describe single frames, then the whole model learns to answer. A
+    clip's visual tokens are made once and serve all its questions.
+
+    Args:
+        name: a registered model.
+        config: fields of its configuration to change, such as `connector: linear`.
+        describe_steps: steps of the first stage.
+        describe_lr: peak learning rate of the first stage.
+        answer_steps: steps of the second stage; the trainer's max_steps is the sum of both.
+        lr: peak learning rate of the second stage.
+        encoder_lr: the encoder's and connector's part of `lr`.
+        weight_decay: of AdamW.
+        blind: hide the pixels, as the text-only baseline.
+    """
+
+    def __init__(
+        self,
+        name: str = "aki-nano",
+        config: dict[str, Any] | None = None,
+        describe_steps: int = 1000,
+        describe_lr: float = 3e-3,
+        answer_steps: int = 2500,
+        lr: float = 1.5e-3,
+        encoder_lr: float = 0.3,
+        weight_decay: float = 0.01,
+        blind: bool = False,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = mmzoo.create(name, **(config or {})).train()
+        self.blind = blind
+        text_width = self.model.config.text_config.hidden_size
+        self.description = FrameDescription(
+            self.model.config.vision_config.hidden_size, text_width, self.model.config.num_vision_tokens
+        )
+        self.right: dict[str, list[bool]] = {}
+
+    def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
+        describing = self.global_step < self.hparams.describe_steps
+        loss = self.describing_loss(batch) if describing else self.answers(batch)[0]
+        self.log("describe_loss" if describing else "answer_loss", loss, prog_bar=True)
+        return loss
+
+    def pixels(self, batch: dict[str, Any]) -> Tensor:
+        """float32 [C * T, 3, H, W] in -1..1, as the processor normalises them."""
+        pixels = batch["frames"].flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.zeros_like(pixels) if self.blind else pixels
+
+    def describing_loss(self, batch: dict[str, Any], frames: int = 64) -> Tensor:
+        """Of some frames of the batch, drawn at random: small steps learn faster here."""
+        pixels, looks, places = self.pixels(batch), batch["looks"].flatten(0, 1), batch["places"].flatten(0, 1)
+        some = torch.randperm(len(pixels), device=pixels.device)[:frames]
+        patches = self.model.vision_encoder(pixels[some]).last_hidden_state
+        return self.description.loss(patches, self.model.vision_tokenizer(patches), looks[some], places[some])
+
+    def answers(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss, and whether each question [R] is answered in full."""
+        layout = TokenLayout(batch["layout"])
+        tokens = self.model.visual_tokens(self.pixels(batch)).unflatten(0, batch["frames"].shape[:2])
+        embeddings = self.model.get_input_embeddings()(batch["input_ids"])
+        embeddings = self.model.place(embeddings, layout, tokens[batch["owner"]])
+        outputs = self.model(inputs_embeds=embeddings, layout=layout, labels=batch["labels"])
+        labels = batch["labels"][:, 1:]
+        right = (outputs.logits[:, :-1].argmax(-1) == labels) | (labels == -100)
+        return outputs.loss, right.all(1)
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        loss, right = self.answers(batch)
+        self.log("val_loss", loss, batch_size=len(right))
+        for kind, one in zip(batch["kinds"], right.tolist(), strict=True):
+            self.right.setdefault(kind, []).append(one)
+
+    def on_validation_epoch_end(self) -> None:
+        accuracy = {
+            kind: sum(self.right[kind]) / len(self.right[kind]) for kind in QUESTION_KINDS if kind in self.right
+        }
+        self.right.clear()
+        self.log_dict({f"val_{kind}": value for kind, value in accuracy.items()})
+        self.log("val_accuracy", sum(accuracy.values()) / len(accuracy), prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        seeing = [*self.model.vision_encoder.parameters(), *self.model.vision_tokenizer.parameters()]
+        groups = {
+            "seeing": seeing,
+            "language": list(self.model.lang_model.parameters()),
+            "description": list(self.description.parameters()),
+        }
+        options = self.hparams
+        optimizer = torch.optim.AdamW(
+            [{"params": parameters} for parameters in groups.values()],
+            lr=1.0,
+            betas=(0.9, 0.98),
+            weight_decay=options.weight_decay,
+        )
+
+        def first(step: int) -> float:
+            return options.describe_lr * warm_cosine(step, options.describe_steps)
+
+        def second(step: int) -> float:
+            return options.lr * warm_cosine(step - options.describe_steps, options.answer_steps)
+
+        def seeing_lr(step: int) -> float:
+            return first(step) if step < options.describe_steps else options.encoder_lr * second(step)
+
+        def language_lr(step: int) -> float:
+            return 0.0 if step < options.describe_steps else second(step)
+
+        def description_lr(step: int) -> float:
+            return first(step) if step < options.describe_steps else 0.0
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [seeing_lr, language_lr, description_lr])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def warm_cosine(step: int, steps: int, warm: float = 0.05, end: float = 0.02) -> float:
+    """0 to 1 over the first part of the steps, while half a cosine falls to `end`."""
+    done = min(1.0, step / max(1, steps))
+    return min(1.0, done / warm) * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done)))
