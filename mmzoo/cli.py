@@ -82,6 +82,27 @@ def ask(
 
 
 @app.command()
+def attend(
+    name: Annotated[str, typer.Argument(help="a registered name, hf-hub:org/name, or a folder")],
+    question: Annotated[str, typer.Argument(help="the question")],
+    video: Annotated[Path | None, typer.Option(help="a video file, or a folder of frames")] = None,
+    image: Annotated[Path | None, typer.Option(help="an image file")] = None,
+    layer: Annotated[int | None, typer.Option(help="one layer; the mean over all if left out")] = None,
+    head: Annotated[int | None, typer.Option(help="one head; the mean over all if left out")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    output: Annotated[Path, typer.Option("--output", "-o", help="the PNG")] = Path("attend.png"),
+) -> None:
+    """Draw which frames and patches an answer looked at."""
+    if (video is None) == (image is None):
+        raise InputError("Give one of --video and --image.")
+    maps = _load(name, device=device).attend(video or image, question)
+    _print_answers([(question, maps.answer, None)])
+    shares = {kind: float(share.mean(0).mean(0)[0]) for kind, share in maps.by_class().items()}
+    console.print("looked at " + ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items()))
+    console.print(f"drawn in {maps.draw(output, layer=layer, head=head)}")
+
+
+@app.command()
 def mask(
     rule: Annotated[str, typer.Argument(help="a mask's name; `mmzoo mask list` names them")],
     layout: Annotated[

@@ -181,5 +181,6 @@ def save(model: MultimodalLM, folder: str | Path, card: str | None = None) -> Pa
         if card is not None:
             (Path(name) / "README.md").write_text(card)
         for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "config.json"):
+            path.chmod(0o644)
             path.replace(folder / path.name)
     return folder

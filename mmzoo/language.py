@@ -9,15 +9,19 @@ Shape legend: B batch, L tokens, K layout fields, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BatchFeature,
     Cache,
     GenerationMixin,
     PreTrainedConfig,
@@ -27,10 +31,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmzoo import masks, positions
 from mmzoo.attention.compiler import prefill_cuts
+from mmzoo.attention.maps import AttentionMaps
 from mmzoo.attention.transformers import IMPLEMENTATIONS, backbone_mask, implementation
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import TokenLayout, batch, lay_out, text
-from mmzoo.media import Video, read_video
+from mmzoo.media import Video, read_image, read_video
 from mmzoo.processing import is_image
 
 CACHE = (
@@ -149,7 +154,9 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         most = pixel_values.shape[1]
         real = torch.arange(most, device=count.device) < count[:, None]
         if int(count.max()) > most:
-            raise InputError(f"A sample has {int(count.max())} images or frames in its layout, pixel_values has {most}.")
+            raise InputError(
+                f"A sample has {int(count.max())} images or frames in its layout, pixel_values has {most}."
+            )
         return self.place(embeddings, layout, self.visual_tokens(pixel_values[real].to(embeddings.dtype)))
 
     def place(self, embeddings: Tensor, layout: TokenLayout, tokens: Tensor) -> Tensor:
@@ -270,7 +277,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         decoding = num_queries == 1 and cache is not None and self.rule.decodes_causally
         return decoding and position_ids is not None
 
-    def generate(self, input_ids: Tensor | None = None, layout: Tensor | TokenLayout | None = None, **kwargs: Any):  # type: ignore[no-untyped-def]
+    def generate(self, input_ids: Tensor, layout: Tensor | TokenLayout | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`: prefill under the rule, then cached decoding. Returns prompt and new tokens.
 
         Args:
@@ -293,7 +300,11 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = self.scheme(layout)
         return super().generate(input_ids, layout=layout.data, **kwargs)
 
-    @torch.no_grad()
+    def patch_weights(self, pixel_values: Tensor) -> Tensor:
+        """float [N, V, P]: how much each visual token takes from each patch. Here: one token a patch."""
+        count, tokens = self.visual_tokens(pixel_values).shape[:2]
+        return torch.eye(tokens, device=pixel_values.device).expand(count, -1, -1)
+
     def ask(self, source: Any, question: str, *, max_new_tokens: int = 64, deadline: float = 60.0) -> Answer:
         """Answer a question about an image or a video.
 
@@ -304,14 +315,51 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             deadline: seconds after which a video that cannot be read is given up.
 
         Raises:
+            InputError: the model has no processor.
             VideoReadError: the video cannot be read.
         """
+        inputs, media = self._asked(source, question, deadline)
+        return self._answered(inputs, media, max_new_tokens)[0]
+
+    def attend(self, source: Any, question: str, *, max_new_tokens: int = 64, deadline: float = 60.0) -> AttentionMaps:
+        """Ask, and say where the answer looked: the weights of every layer and head, through the same rule.
+
+        Arguments and errors are those of `ask`. The weights come from a second pass on the eager backend.
+        """
+        inputs, media = self._asked(source, question, deadline)
+        answer, tokens = self._answered(inputs, media, max_new_tokens)
+        layout = TokenLayout(inputs["layout"])
+        told = layout if len(tokens) == 1 else layout.with_answer(len(tokens) - 1)
+        ids = torch.cat([inputs["input_ids"], tokens[None, :-1]], 1)
+        pixels = inputs["pixel_values"]
+        with torch.no_grad(), self._eager():
+            outputs = self(ids, told, pixels, output_attentions=True)
+            patches = self.patch_weights(pixels[0].to(self.dtype))
+        rows = torch.stack([layer[0, :, len(layout) - 1 :] for layer in outputs.attentions])
+        frames = media["video"].frames if "video" in media else np.asarray(read_image(media["image"]))[None]
+        words = [self.processor.tokenizer.decode(token) for token in tokens]
+        return AttentionMaps(answer, words, rows.float().cpu(), told.to("cpu"), patches.float().cpu(), frames)
+
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        before = self.language_model.config._attn_implementation
+        self.set_attention("eager")
+        try:
+            yield
+        finally:
+            self.set_attn_implementation(before)
+
+    def _asked(self, source: Any, question: str, deadline: float) -> tuple[BatchFeature, dict[str, Any]]:
         if self.processor is None:
             raise InputError("This model has no processor. Load it by name, or set model.processor.")
-        media: Any = {"image": source}
+        media: dict[str, Any] = {"image": source}
         if not is_image(source):
             media = {"video": read_video(source, num_frames=self.processor.num_frames, deadline=deadline)}
-        inputs = self.processor.ask(question, **media).to(self.device)
+        return self.processor.ask(question, **media).to(self.device), media
+
+    @torch.no_grad()
+    def _answered(self, inputs: BatchFeature, media: dict[str, Any], max_new_tokens: int) -> tuple[Answer, Tensor]:
+        """The answer and its tokens [A], the end token included."""
         outputs = self.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -322,9 +370,9 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         )
         tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
         chosen = torch.stack(outputs.logits, 1)[0].float().log_softmax(-1).gather(1, tokens[:, None])
-        text_ = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        said = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         layout = TokenLayout(inputs["layout"].cpu())
-        return Answer(text_, float(chosen.mean().exp()), layout, media.get("video"))
+        return Answer(said, float(chosen.mean().exp()), layout, media.get("video")), tokens
 
     def _check_prefill_chunks(self, layout: TokenLayout, kwargs: dict[str, Any]) -> None:
         options = kwargs.get("generation_config") or self.generation_config
@@ -361,7 +409,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         guessed = past + num_queries - len(so_far)  # by prompt-lookup or assisted decoding
         if guessed > 0:
             so_far = so_far.with_answer(guessed)
-            inputs["position_ids"] = self._extended(kwargs["position_ids"], guessed)[:, -num_queries:]
+            inputs["position_ids"] = self._extended(kwargs["position_ids"], layout, guessed)[:, -num_queries:]
         inputs["attention_mask"], _ = self.masks_and_positions(so_far, num_queries, cache)
         if past == 0:
             inputs["layout"] = so_far.data
@@ -384,14 +432,19 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
-        model_kwargs["position_ids"] = self._extended(position_ids, num_new_tokens)
+        model_kwargs["position_ids"] = self._extended(position_ids, model_kwargs["layout"], num_new_tokens)
         model_kwargs["layout"] = TokenLayout(model_kwargs["layout"]).with_answer(num_new_tokens).data
         return model_kwargs
 
-    def _extended(self, position_ids: Tensor, count: int) -> Tensor:
+    def _extended(self, position_ids: Tensor, layout: Tensor, count: int) -> Tensor:
+        """Position ids [B, L + count], whoever made the first L: each sample goes on from its largest one."""
+        known, length = TokenLayout(layout), position_ids.shape[1]
+        sample = (known if len(known) >= length else known.with_answer(length - len(known))).sample[:, :length]
+        own = position_ids.masked_fill(sample != sample[:, -1:], -1)
+        new = [own.amax(1, keepdim=True)]
         for _ in range(count):
-            position_ids = torch.cat([position_ids, self.scheme.next(position_ids[:, -1:])], 1)
-        return position_ids
+            new.append(self.scheme.next(new[-1]))
+        return torch.cat([position_ids, *new[1:]], 1)
 
 
 class LanguageModel(MultimodalLM):

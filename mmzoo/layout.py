@@ -6,7 +6,7 @@ Shape legend: B batch, L tokens, K fields.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -107,7 +107,9 @@ class TokenLayout:
         return TokenLayout(self.data.to(device))
 
     def field(self, name: str, values: Tensor) -> TokenLayout:
-        """A copy with one field [B, L] replaced."""
+        """A copy with one field [B, L] replaced. Raises InputError for an unknown field."""
+        if name not in FIELDS:
+            raise InputError(f"TokenLayout has no field {name!r}; its fields are {', '.join(FIELDS)}.")
         data = self.data.clone()
         data[..., FIELDS.index(name)] = values.to(data.dtype)
         return TokenLayout(data)
@@ -138,7 +140,8 @@ class TokenLayout:
 
     def padded_to(self, length: int) -> TokenLayout:
         """The layout padded on the right to `length` tokens, as the slots of a static cache are."""
-        return _pad(self.data, length, "right")
+        padded = _pad(self.data, length, "right")
+        return padded.field("index", padded.index + self.index[:, :1])
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,8 @@ def batch(layouts: Sequence[TokenLayout], padding_side: str = "right", length: i
 
 def pack(layouts: Sequence[TokenLayout]) -> TokenLayout:
     """Several samples [1, L_i, K] packed into one row [1, sum L_i, K]; samples never see each other."""
+    if not layouts:
+        raise InputError("A pack needs at least one layout.")
     data, first = [], 0
     for layout in layouts:
         samples = layout.sample
@@ -277,7 +282,7 @@ def splice(
     turn, ids, spans, remaining = 0, [], [], iter(media)
     for token in token_ids:
         if token == place_id:
-            spans.append(next(remaining))
+            spans.append(replace(next(remaining), turn=turn))
             ids.extend([token] * len(spans[-1]))
             continue
         if token == turn_marker_id and role == Role.ANSWER and answer_marker_id in token_ids:

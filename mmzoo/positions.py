@@ -32,16 +32,19 @@ class Scheme:
     def __call__(self, layout: TokenLayout) -> Tensor:
         return self.of(layout)
 
-    def next(self, last: Tensor) -> Tensor:
-        """The positions of the tokens generated after `last` [B, 1]."""
-        return last + self.step
+    def next(self, largest: Tensor) -> Tensor:
+        """The positions [B, 1] of the next generated tokens, from the largest position [B, 1] of their samples."""
+        return largest + self.step
 
 
 def _within_sample(counted: Tensor, layout: TokenLayout) -> Tensor:
-    """Running count of `counted` [B, L] inside each sample, the token itself included."""
+    """Running count of `counted` [B, L], 0 on padding, inside each sample; padding inside a sample changes nothing."""
     total = counted.cumsum(1)
-    starts = torch.ones_like(layout.sample, dtype=torch.bool)
-    starts[:, 1:] = layout.sample[:, 1:] != layout.sample[:, :-1]
+    place = torch.arange(len(layout), device=total.device)
+    last_valid = torch.where(layout.valid, place, -1).cummax(1).values
+    previous = torch.nn.functional.pad(last_valid, (1, -1), value=-1)
+    starts = (previous < 0) | (layout.sample.gather(1, previous.clamp(min=0)) != layout.sample)
+    starts &= layout.valid
     before = torch.where(starts, total - counted, 0).cummax(1).values
     return total - before
 

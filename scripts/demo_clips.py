@@ -37,7 +37,9 @@ def main() -> None:
         clip, name = first(kind), f"{kind}.mp4"
         write_clip(clip, FOLDER / name, size=SIDE, num_frames=FRAMES, fps=FPS)
         questions = sorted((question.kind, question.text, question.answer) for question in clip.questions)
-        shown.append({"video": name, "shows": described(clip), "questions": [[text, answer] for _, text, answer in questions]})
+        shown.append(
+            {"video": name, "shows": described(clip), "questions": [[text, answer] for _, text, answer in questions]}
+        )
     with replacing(FOLDER / "questions.json") as temporary:
         temporary.write_text(json.dumps(shown, indent=1) + "\n")
 

@@ -80,6 +80,11 @@ def test_prompt_is_the_demos() -> None:
     assert prompt == "<|user|>\n<image>\nwhy?<|end|>\n<|assistant|>\n"
 
 
+def test_vlmevalkit_puts_nothing_between_image_and_text() -> None:
+    prompt = mmzoo.create("aki-tiny").processor.vlmevalkit_prompt("why?")
+    assert prompt == "<|user|>\n<image>why?<|end|>\n<|assistant|>\n"
+
+
 def test_images_and_videos_take_their_places_in_order() -> None:
     processor = mmzoo.create("aki-tiny").processor
     video = np.stack([np.asarray(picture(seed, (16, 16))) for seed in range(4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -464,9 +465,9 @@ def _longer_duration(path: Path) -> Path:
     return _patch(encode(path), b"\x44\x89\x88", 0, struct.pack(">d", 9000.0))
 
 
-def _zero_packets(path: Path) -> Path:
+def _zero_packets(path: Path, codec: str = "mpeg2video") -> Path:
     """A Matroska file of which half of the packets hold nothing that can be decoded."""
-    source = encode(path.with_suffix(".source.mkv"), codec="mpeg2video", options={"g": "60"})
+    source = encode(path.with_suffix(".source.mkv"), codec=codec, options={"g": "60"})
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
@@ -518,6 +519,22 @@ def test_a_file_shorter_than_it_promises_is_an_error_or_says_so(tmp_path: Path, 
     video = read_video(path, sampling="all", allow_short=True)
     assert numbers(video.frames) == list(range(video.num_total)) and 0 < video.num_total <= 30
     assert video.notes and video.backend.startswith("decord" if name == "duration.mkv" else "pyav")
+
+
+@needs_decord
+@pytest.mark.parametrize("said", ["DECORDError", "decord counts 31 frames, the file holds 30"])
+def test_an_error_that_is_kept_keeps_no_decord_reader(tmp_path: Path, said: str, monkeypatch) -> None:
+    """A DataLoader worker forked meanwhile would abort or hang on collecting it."""
+    import decord
+
+    if said != "DECORDError":
+        monkeypatch.setattr(decord.VideoReader, "__len__", lambda _: 31)
+    path = _zero_packets(tmp_path / "empty-packets.mkv", codec="libx264")
+    with pytest.raises(VideoReadError, match=f"{said}.*Try backend='pyav'") as caught:
+        read_video(path, sampling="all", backend="decord")
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is decord.VideoReader]
+    assert "[" not in caught.value.cause and "/src/" not in caught.value.cause
 
 
 def test_one_frame_less_than_the_header_says_is_only_noted(tmp_path: Path) -> None:
@@ -740,10 +757,13 @@ def test_a_crash_of_the_reader_becomes_an_error(tmp_path: Path) -> None:
 
 
 @needs_fifo
-def test_an_interrupt_leaves_no_answer_behind(tmp_path: Path) -> None:
+def test_an_interrupt_leaves_no_answer_behind(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     write_video(clip(), tmp_path / "clip.mp4")
     read_video(tmp_path / "clip.mp4", num_frames=2, deadline=60)
     pid = _child()
+    # A process started in the background by a shell ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         read_video(_blocked(tmp_path / "blocked.mp4"), num_frames=2, deadline=60)
@@ -783,6 +803,8 @@ class Clips(torch.utils.data.Dataset):
             video = read_video(self.paths[index], num_frames=3, deadline=0.5 if blocked else 60)
         except VideoReadError as error:
             return [], 0, error.cause
+        # Without a deadline the worker decodes by itself, after its parent has used the same decoders.
+        assert np.array_equal(video.frames, read_video(self.paths[index], num_frames=3).frames)
         return numbers(video.frames), _child(), video.backend
 
 
@@ -790,6 +812,7 @@ class Clips(torch.utils.data.Dataset):
 def test_deadlines_hold_in_dataloader_workers(tmp_path: Path) -> None:
     for i in range(2):
         write_video(clip(20 + 10 * i), tmp_path / f"{i}.mp4")
+    read_video(tmp_path / "0.mp4", num_frames=3)
     read_video(tmp_path / "0.mp4", num_frames=3, deadline=60)
     own = _child()
     paths = [tmp_path / "0.mp4", _blocked(tmp_path / "a.fifo"), tmp_path / "1.mp4", tmp_path / "0.mp4"]

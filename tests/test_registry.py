@@ -211,3 +211,15 @@ def test_saving_leaves_other_files_and_replaces_its_own(saved: Path, tmp_path: P
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert mmzoo.load(str(tmp_path)).rule.name == "causal"
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in saved.iterdir()} | {"notes.txt"}
+
+
+def test_transformers_loads_our_models_by_its_auto_classes(saved: Path) -> None:
+    import mmzoo.hf  # noqa: F401
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(saved)
+    processor = AutoProcessor.from_pretrained(saved)
+    ours = mmzoo.load(str(saved))
+    assert type(model) is type(ours)
+    assert processor.to_dict() == ours.processor.to_dict()
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), ours.parameters(), strict=True))

@@ -164,6 +164,15 @@ def test_a_data_set_without_template_is_an_error() -> None:
         aki_sft.sft_text("nothing", {})
 
 
+def test_captions_are_pretrained_whole(module: WorldQuestions) -> None:
+    processor = module.model.processor
+    batch = processor(
+        aki_sft.pretraining_text(" red circle "), images=[torch.zeros(8, 8, 3).byte().numpy()], labels=True
+    )
+    words = processor.tokenizer.convert_ids_to_tokens(batch["labels"][batch["labels"] != -100].tolist())
+    assert words == ["<s>", "red", "circle", "<|endofchunk|>"]
+
+
 def test_a_vsr_caption_is_cut_at_its_verb() -> None:
     row = {"image_link": "x/train2017/1.jpg", "caption": "The dish is under the table.", "label": 0}
     (example,) = aki_sft.vsr_sample(row, {"train": "T", "val": "V"})["examples"]

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 PADDING = -1
 LOWEST, HIGHEST = -(2**31) + 1, 2**31 - 1
@@ -70,3 +72,88 @@ class CompactMask:
             return opened & (self.query_sample[b, q] == sample) & (sample != PADDING)
 
         return allowed
+
+    def padded(self, size: int) -> CompactMask:
+        """Both axes padded on the right to a multiple of `size`."""
+        pad_q, pad_k = -self.query_sample.shape[1] % size, -self.key_sample.shape[1] % size
+        return CompactMask(
+            F.pad(self.query_sample, (0, pad_q), value=PADDING),
+            F.pad(self.key_sample, (0, pad_k), value=PADDING),
+            F.pad(self.lower, (0, 0, 0, pad_q), value=HIGHEST),
+            F.pad(self.upper, (0, 0, 0, pad_q), value=LOWEST),
+            F.pad(self.value, (0, 0, 0, pad_k), value=OUTSIDE),
+        )
+
+    def tiles(self, size: int = 128) -> Tiles:
+        """Tiles from bounds of each tile alone: O(L + (L / size)^2) time and O(L) memory besides the result.
+
+        A tile is visited if a term's bounds overlap and its samples may meet. It is full if one term opens all of it.
+        """
+        mask = self.padded(size)
+        in_q, in_k = mask.query_sample != PADDING, mask.key_sample != PADDING
+        low, high = mask.lower.unflatten(1, (-1, size)), mask.upper.unflatten(1, (-1, size))
+        value, member = mask.value.unflatten(1, (-1, size)), (mask.value != OUTSIDE).unflatten(1, (-1, size))
+        asks = (low <= high) & in_q.unflatten(1, (-1, size))[..., None]
+        holds = member & in_k.unflatten(1, (-1, size))[..., None]
+        reach_low, reach_high = low.masked_fill(~asks, HIGHEST).amin(2), high.masked_fill(~asks, LOWEST).amax(2)
+        least, most = value.masked_fill(~holds, HIGHEST).amin(2), value.masked_fill(~holds, LOWEST).amax(2)
+        all_low, all_high, all_least, all_most = low.amax(2), high.amin(2), value.amin(2), value.amax(2)
+        q_first, q_last = _sample_range(mask.query_sample, asks, size)
+        k_first, k_last = _sample_range(mask.key_sample, holds, size)
+        whole = in_q.unflatten(1, (-1, size)).all(2)[:, :, None] & in_k.unflatten(1, (-1, size)).all(2)[:, None]
+        visited, full = torch.zeros_like(whole), torch.zeros_like(whole)
+        for t in range(value.shape[-1]):
+            visited |= _not_above(reach_low, most, t) & _not_below(reach_high, least, t) & (
+                _not_above(q_first, k_last, t) & _not_below(q_last, k_first, t)
+            )
+            # One sample alone in both tiles: its first and last number agree with each other's.
+            full |= _not_above(all_low, all_least, t) & _not_below(all_high, all_most, t) & (
+                _not_below(q_first, k_last, t) & _not_above(q_last, k_first, t)
+            )
+        return Tiles(visited, full & whole, size)
+
+    def block_mask(self, size: int = 128) -> BlockMask:
+        """FlexAttention's block mask, from `tiles` and `mask_mod`; made once a batch for all layers and heads."""
+        tiles = self.tiles(size)
+        partial = tiles.visited & ~tiles.full
+        by_query = (*_listed(partial), *_listed(tiles.full))
+        by_key = (*_listed(partial.mT), *_listed(tiles.full.mT))
+        lengths = (self.query_sample.shape[1], self.key_sample.shape[1])
+        return BlockMask(lengths, *by_query, *by_key, (size, size), self.padded(size).mask_mod())
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which tiles of the mask a kernel has to visit.
+
+    Attributes:
+        visited: bool [B, Q / size, K / size]: the tile may hold an open pair; the others hold none.
+        full: bool, the same shape: every pair of the tile is open, so the mask need not be looked at.
+        size: side of a tile.
+    """
+
+    visited: Tensor
+    full: Tensor
+    size: int
+
+
+def _sample_range(sample: Tensor, member: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """First and last sample [B, L / size, T] of a tile's members [B, L / size, size, T]; empty if there are none."""
+    tiles = sample.unflatten(1, (-1, size))[..., None]
+    return torch.where(member, tiles, HIGHEST).amin(2), torch.where(member, tiles, PADDING).amax(2)
+
+
+def _not_above(query: Tensor, key: Tensor, t: int) -> Tensor:
+    """query <= key for each pair of tiles, from [B, Q', T] and [B, K', T]."""
+    return query[:, :, None, t] <= key[:, None, :, t]
+
+
+def _not_below(query: Tensor, key: Tensor, t: int) -> Tensor:
+    return query[:, :, None, t] >= key[:, None, :, t]
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts int32 [B, 1, Q'] and, for each row of tiles, its column numbers first: int32 [B, 1, Q', K']."""
+    columns = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32)
+    order = torch.where(tiles, columns, columns + tiles.shape[-1]).sort(-1).values % tiles.shape[-1]
+    return tiles.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

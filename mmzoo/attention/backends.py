@@ -124,6 +124,10 @@ def attend(
         attention: name of the backend.
         scale: D ** -0.5 if None.
     """
+    lengths = (query.shape[0], query.shape[2], key.shape[2])
+    described = ((keys or queries).shape[0], len(queries), len(keys or queries))
+    if lengths != described:
+        raise InputError(f"Batch, queries and keys are {lengths} in the tensors and {described} in the layouts.")
     rules = rule if isinstance(rule, tuple) else (rule,)
     run = backend(attention, *rules)
     outputs = []

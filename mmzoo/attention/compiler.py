@@ -26,6 +26,7 @@ def compact(rule: Rule, queries: TokenLayout, keys: TokenLayout | None = None) -
     if rule.function is not None:
         raise UnsupportedMask("compact arrays", rule.name, "it is a function, not a list of terms", ["eager"])
     keys = queries if keys is None else keys
+    queries = TokenLayout(queries.data.expand(keys.shape[0], -1, -1))
     columns = [_interval(term, queries, keys) for term in rule.terms]
     lower, upper, value = (torch.stack(parts, -1) for parts in zip(*columns, strict=True))
     return CompactMask(queries.sample, keys.sample, lower, upper, value)

@@ -53,24 +53,21 @@ def draw(
     Returns:
         The path.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rules = rule if isinstance(rule, tuple) else (rule,)
-    figure, axes = pyplot.subplots(1, len(rules), figsize=(5.2 * len(rules), 5.6), squeeze=False)
+    figure = Figure(figsize=(5.2 * len(rules), 5.6))
+    axes = figure.subplots(1, len(rules), squeeze=False)
     shown: set[str] = set()
     for one, axis in zip(rules, axes[0], strict=True):
         shown |= _draw_one(axis, one, queries, keys or queries, row)
         axis.set_title(title or one.name, fontsize=12, pad=22)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=CLASSES[name]) for name in CLASSES if name in shown]
-    names = [name for name in CLASSES if name in shown]
-    figure.legend(handles, names, loc="lower center", ncol=min(len(names), 4), frameon=False, fontsize=9)
+    patches = [Patch(color=colour, label=name) for name, colour in CLASSES.items() if name in shown]
+    figure.legend(handles=patches, loc="lower center", ncol=min(len(patches), 4), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    pyplot.close(figure)
     return Path(path)
 
 

@@ -18,7 +18,7 @@ from mmzoo.attention.compiler import allowed
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
 from mmzoo.masks.basic import sliding_window
-from mmzoo.masks.rule import Rule
+from mmzoo.masks.rule import Rule, after, everything, see
 
 IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa"}
 """mmzoo's backend name -> the name transformers knows it by."""
@@ -75,6 +75,12 @@ def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | N
     return allowed(rule, layout, keys, rows=rows)[:, None, :, first : first + slots]
 
 
+def _recent(window: int) -> Rule:
+    """The past as far as a sliding layer reaches; what a rule opens ahead stays open."""
+    ahead = Rule("ahead", (see(everything, everything, after()),))
+    return sliding_window(window) | ahead
+
+
 def backbone_mask(
     rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
 ) -> Tensor | dict[str, Tensor]:
@@ -93,7 +99,7 @@ def backbone_mask(
         layer = types.index(kind)
         mask = mask_for(rule, layout, num_queries, cache, layer)
         if kind == "sliding_attention":
-            mask = mask & mask_for(sliding_window(config.sliding_window), layout, num_queries, cache, layer)
+            mask = mask & mask_for(_recent(config.sliding_window), layout, num_queries, cache, layer)
         elif kind != "full_attention":
             raise UnsupportedMask("transformers", rule.name, f"layers of type {kind!r} take no mask")
         masks[kind] = mask

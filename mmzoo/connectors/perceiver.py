@@ -27,11 +27,16 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
         """[N, M, D] from patches [N, P, D] and latents [N, M, D]."""
+        attended = F.scaled_dot_product_attention(*self.heads_of(patches, latents))
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+    def heads_of(self, patches: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value by head; keys and values are the patches, then the latents."""
         patches, latents = self.norm_media(patches), self.norm_latents(latents)
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([patches, latents], 1)).chunk(2, -1)
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
-        return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return query, key, value
 
 
 def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
@@ -79,3 +84,14 @@ class PerceiverResampler(nn.Module):
             latents = latents + attention(patches, latents)
             latents = latents + feed(latents)
         return self.projection(self.norm(latents))
+
+    @torch.no_grad()
+    def patch_weights(self, patches: Tensor) -> Tensor:
+        """[N, M, P]: how much each latent takes from each patch in the last layer, mean over heads; rows sum to 1."""
+        latents = self.latents.to(patches.dtype).expand(len(patches), -1, -1)
+        for attention, feed in self.layers:
+            query, key, _ = attention.heads_of(patches, latents)
+            latents = latents + attention(patches, latents)
+            latents = latents + feed(latents)
+        scores = query @ key[:, :, : patches.shape[1]].mT * query.shape[-1] ** -0.5
+        return scores.float().softmax(-1).mean(1)

@@ -1,6 +1,6 @@
 """Rules that every language model knows."""
 
-from mmzoo.masks.rule import Rule, always, everything, index, not_after, prompt, see
+from mmzoo.masks.rule import Rule, always, everything, index, not_after, prompt, same, see, turn
 
 
 def causal() -> Rule:
@@ -14,8 +14,8 @@ def bidirectional() -> Rule:
 
 
 def prefix() -> Rule:
-    """The prompt sees itself whole; the answer is causal (PrefixLM: Raffel et al. 2020, section 3.1)."""
-    return causal().renamed("prefix") | Rule("prefix", (see(prompt, prompt, always),))
+    """The prompt of a turn sees itself whole; the rest is causal (PrefixLM: Raffel et al. 2020, section 3.1)."""
+    return Rule("prefix", (*causal().terms, see(prompt, prompt, same(turn))))
 
 
 def sliding_window(window: int) -> Rule:

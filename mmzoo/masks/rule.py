@@ -27,7 +27,7 @@ class Class:
     """
 
     name: str
-    of: Callable[[TokenLayout], Tensor] = field(compare=False, repr=False)
+    of: Callable[[TokenLayout], Tensor] = field(repr=False)
     holds_answers: bool = False
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Value:
     """
 
     name: str
-    of: Callable[[TokenLayout], Tensor] = field(compare=False, repr=False)
+    of: Callable[[TokenLayout], Tensor] = field(repr=False)
     grows: bool = False
 
     def __str__(self) -> str:
@@ -68,6 +68,7 @@ first_prompt_text = Class(
 index = Value("index", lambda x: x.index, grows=True)
 _minus_index = Value("-index", lambda x: -x.index)
 _minus_index_minus_one = Value("-index - 1", lambda x: -x.index - 1)
+turn = Value("turn", lambda x: x.turn)
 segment = Value("segment", lambda x: x.segment)
 frame = Value("frame", lambda x: x.frame)
 segment_and_frame = Value("segment and frame", lambda x: x.segment * 2**16 + x.frame)

@@ -5,8 +5,11 @@ Sources: "ViD-GPT: Introducing GPT-style Autoregressive Generation in Video Diff
 Temporal attention is axial: its layout has one token a frame, broadcast over spatial positions.
 """
 
+from functools import cache
+
 from torch import Tensor
 
+from mmzoo.errors import InputError
 from mmzoo.layout import TokenLayout
 from mmzoo.masks.rule import (
     Class,
@@ -30,6 +33,7 @@ def causal_temporal() -> Rule:
     return Rule("causal-temporal", (see(everything, everything, not_after(frame)),))
 
 
+@cache
 def block(num_frames: int, *, first_frame_alone: bool = False, offset: int = 0) -> Value:
     """The number of a frame's block of `num_frames` frames."""
     first = int(first_frame_alone)
@@ -42,12 +46,14 @@ def block(num_frames: int, *, first_frame_alone: bool = False, offset: int = 0) 
     return Value(name if not offset else f"{name} {offset:+d}", of)
 
 
+@cache
 def last_of_block(num_frames: int, *, first_frame_alone: bool = False) -> Value:
     """The last frame of a full block: not cut where the clip's own last block is shorter."""
     number, first = block(num_frames, first_frame_alone=first_frame_alone), int(first_frame_alone)
     return Value(f"last frame of the {number}", lambda x: (number.of(x) + 1 - first) * num_frames - 1 + first)
 
 
+@cache
 def sink(num_frames: int) -> Class:
     """The first frames, which stay visible."""
     return Class(f"first {num_frames} frames", lambda x: x.valid & (x.frame < num_frames))
@@ -73,13 +79,19 @@ def sink_window(window: int, sink_frames: int, frames_per_block: int = 1) -> Rul
         window: how many frames a block sees in all, the sink and itself included.
         sink_frames: how many first frames stay visible.
         frames_per_block: frames that are generated together and see each other.
+
+    Raises:
+        InputError: the window is no larger than the sink.
     """
+    if window <= sink_frames:
+        raise InputError(f"A window of {window} frames must be larger than its sink of {sink_frames}.")
     end = last_of_block(frames_per_block)
     return Rule(
         "sink-window",
         (
             see(everything, sink(sink_frames), not_after(end, frame)),
             see(everything, everything, not_after(end, frame, window=window - sink_frames)),
+            see(everything, everything, same(block(frames_per_block))),
         ),
     )
 

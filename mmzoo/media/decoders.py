@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,9 +108,12 @@ def typed_errors(path: Path, backend: str, hint: str = "") -> Iterator[None]:
     """Turns whatever a decoder raises into `VideoReadError`; damaged files were seen to raise nine classes."""
     try:
         yield
-    except MmzooError:
-        raise
     except Exception as error:
+        # An error that is kept must not keep a decoder: decord's threads are not there in a forked DataLoader worker,
+        # which aborts or hangs when it collects the reader.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, MmzooError):
+            raise
         # decord puts the time and a source line before what it says, and a C++ stack on the lines below.
         said = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         said = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", said).rstrip(". ")
@@ -270,15 +274,18 @@ def decode_decord(path: Path, header: Header, pick: Pick) -> Decoded:
     """Decodes the picked frames with decord, on one thread and without touching its global bridge."""
     with typed_errors(path, "decord", "Try backend='pyav'."):
         decord = need("decord", "the video backend 'decord'")
-        reader = decord.VideoReader(f"file:{path}", num_threads=1)
-        if len(reader) != header.packets:
-            cause = f"decord counts {len(reader)} frames, the file holds {header.packets}"
-            raise VideoReadError(path, version("decord"), cause, "Try backend='pyav'.")
-        indices = pick(len(reader))
-        batch = reader.get_batch(indices)
+        indices = pick(header.packets)
+        batch = _decord_batch(decord.VideoReader(f"file:{path}", num_threads=1), path, header, indices)
         frames = batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
         times = np.array(header.times) - header.times[0]
-        return Decoded(frames, times[indices], len(reader))
+        return Decoded(frames, times[indices], header.packets)
+
+
+def _decord_batch(reader: Any, path: Path, header: Header, indices: list[int]) -> Any:
+    if len(reader) != header.packets:
+        cause = f"decord counts {len(reader)} frames, the file holds {header.packets}"
+        raise VideoReadError(path, version("decord"), cause, "Try backend='pyav'.")
+    return reader.get_batch(indices)
 
 
 def decode_pyav(path: Path, header: Header, pick: Pick, allow_short: bool) -> Decoded:

@@ -134,6 +134,11 @@ class AKI(MultimodalLM):
         patches = self.vision_encoder(frames).last_hidden_state
         return self.vision_tokenizer(patches.unflatten(0, (len(pixel_values), -1)).flatten(1, 2))
 
+    def patch_weights(self, pixel_values: Tensor) -> Tensor:
+        if self.config.connector != "perceiver":
+            return super().patch_weights(pixel_values)
+        return self.vision_tokenizer.patch_weights(self.vision_encoder(pixel_values).last_hidden_state)
+
 
 def _connector(config: AKIConfig, width: int) -> nn.Module:
     if config.connector == "perceiver":
@@ -171,6 +176,10 @@ class AKIProcessor(MultimodalProcessor):
     def prompt(self, question: str, media: str = "") -> str:
         """The prompt of AKI's demo; the beginning-of-sequence token is the tokenizer's business."""
         return sft_prompt(question, media, self.system)
+
+    def vlmevalkit_prompt(self, text: str, media: str = "<image>") -> str:
+        """The prompt of VLMEvalKit's wrapper, in which nothing stands between the image and the text."""
+        return sft_prompt(f"{media}{text}", "", self.system)
 
 
 def aki_image_processor(side: int = 384, mean: float = 0.5, std: float = 0.5) -> SiglipImageProcessorPil:
@@ -315,7 +324,7 @@ def read_release(folder: Path, described: dict[str, Any]) -> tuple[AKIConfig, AK
     first = tokenizer.convert_tokens_to_ids("<image>")
     if first != config.initial_tokenizer_len:
         raise CheckpointError(
-            f"The tokenizer gives <image> the id {first}, the checkpoint was trained with {config.initial_tokenizer_len}."
+            f"The tokenizer gives <image> the id {first}; trained was {config.initial_tokenizer_len}."
         )
     side, mean, std = (
         described.get(key, value) for key, value in {"n_px": 384, "norm_mean": 0.5, "norm_std": 0.5}.items()

@@ -38,6 +38,11 @@ def sft_text(dataset: str, example: Mapping[str, str], has_image: bool = True) -
     return sft_prompt(question.format(**example), "<image>" if has_image else "") + answer.format(**example)
 
 
+def pretraining_text(caption: str) -> str:
+    """The training string of one captioned image; it has no assistant marker, so the mask is plain causal."""
+    return f"<image>{caption.strip()}<|endofchunk|>"
+
+
 def llava_samples(record: Mapping[str, Any], image_folder: str) -> list[dict[str, str]]:
     """A LLaVA-150k record as single-turn samples: every question gets its own `<image>`, earlier turns are dropped."""
     turns = [turn["value"] for turn in record["conversations"]]

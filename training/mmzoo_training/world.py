@@ -38,7 +38,8 @@ class QuestionBatches(IterableDataset):
         first = 0
         while self.clips is None or first < self.clips:
             count = self.data.batch_size if self.clips is None else min(self.data.batch_size, self.clips - first)
-            yield self.batch([self.clip(first + i) for i in range(count)], random.Random(first))
+            clips = [self.clip(first + i) for i in range(count)]
+            yield self.batch(clips, random.Random(first), late=first >= self.data.late_from * self.data.batch_size)
             first += count
 
     def __len__(self) -> int:
@@ -49,9 +50,9 @@ class QuestionBatches(IterableDataset):
     def clip(self, seed: int) -> Clip:
         return make_clip(seed, split=self.split, size=self.data.size, num_frames=self.data.num_frames)
 
-    def batch(self, clips: Sequence[Clip], rng: random.Random) -> dict[str, Any]:
+    def batch(self, clips: Sequence[Clip], rng: random.Random, late: bool = False) -> dict[str, Any]:
         """frames uint8 [C, T, H, W, 3]; owner [R]; input_ids, labels [R, L]; layout [R, L, K]; kinds; looks; places."""
-        chosen = [(i, question) for i, clip in enumerate(clips) for question in self.choose(clip, rng)]
+        chosen = [(i, question) for i, clip in enumerate(clips) for question in self.choose(clip, rng, late)]
         rows = [self.row(question) for _, question in chosen]
         collated = self.processor.collate(
             [ids for ids, _ in rows],
@@ -70,12 +71,12 @@ class QuestionBatches(IterableDataset):
             "places": places,
         }
 
-    def choose(self, clip: Clip, rng: random.Random) -> list[Question]:
+    def choose(self, clip: Clip, rng: random.Random, late: bool = False) -> list[Question]:
         """All questions of a fixed set; some of a training clip, rare kinds and weighted kinds first."""
         if self.clips is not None:
             return list(clip.questions)
         kinds = [question.kind for question in clip.questions]
-        weights = self.data.question_weights
+        weights = self.data.late_question_weights if late else self.data.question_weights
         key = [rng.random() ** (kinds.count(kind) / weights.get(kind, 1.0)) for kind in kinds]
         order = sorted(range(len(key)), key=key.__getitem__, reverse=True)
         return [clip.questions[i] for i in order[: self.data.questions_per_clip]]
@@ -102,6 +103,8 @@ class WorldData(lightning.LightningDataModule):
         batch_size: clips of a batch.
         questions_per_clip: questions of a clip in training; its visual tokens are made once for all of them.
         question_weights: how much more often a kind is asked than the others.
+        late_question_weights: the same from the step `late_from` on.
+        late_from: a step of training; the first stage counts.
         size: pixels of a frame's side.
         num_frames: frames of a clip.
         val_clips: clips of the validation set.
@@ -113,13 +116,16 @@ class WorldData(lightning.LightningDataModule):
         batch_size: int = 12,
         questions_per_clip: int = 4,
         question_weights: Mapping[str, float] | None = None,
+        late_question_weights: Mapping[str, float] | None = None,
+        late_from: int = 10**9,
         size: int = 32,
         num_frames: int = 8,
         val_clips: int = 120,
     ):
         super().__init__()
         self.model_name, self.batch_size, self.questions_per_clip = model_name, batch_size, questions_per_clip
-        self.question_weights = question_weights or {}
+        self.question_weights, self.late_question_weights = question_weights or {}, late_question_weights or {}
+        self.late_from = late_from
         self.size, self.num_frames, self.val_clips = size, num_frames, val_clips
 
     @property
@@ -186,7 +192,7 @@ class FrameDescription(nn.Module):
         return (
             _rare_classes(said_look, looks, 0.5)
             + F.mse_loss(said_place[seen], places[seen] * 4 - 2)
-            + 0.6 * F.cross_entropy(said_bins[seen].unflatten(-1, (2, self.BINS)).flatten(0, 1), bins.flatten())
+            + 2 * F.cross_entropy(said_bins[seen].unflatten(-1, (2, self.BINS)).flatten(0, 1), bins.flatten())
         )
 
 
