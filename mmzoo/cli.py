@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,8 +132,8 @@ def _span(word: str) -> Any:
     from mmzoo import layout as spans
 
     kind, _, size = word.partition(":")
-    makers = {
-        "text": lambda n: spans.text(n),
+    makers: dict[str, Callable[..., Any]] = {
+        "text": spans.text,
         "answer": lambda n: spans.text(n, spans.Role.ANSWER),
         "image": spans.image,
         "video": spans.video,

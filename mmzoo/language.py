@@ -187,7 +187,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         Raises:
             UnsupportedMask: the backend cannot express this model's rule.
         """
-        self.language_model.set_attn_implementation(implementation(attention, self.rule))
+        self.language_model.set_attn_implementation(implementation(attention, self.rule, self.device))
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
         """transformers' name for `set_attention`; a backend that would drop the mask is refused."""
@@ -272,7 +272,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         self, attention_mask: Any, position_ids: Tensor | None, num_queries: int, cache: Cache | None
     ) -> bool:
         """Whether the backbone may take mask and positions as they are."""
-        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() == 4):
+        if isinstance(attention_mask, dict) or (attention_mask is not None and len(attention_mask.shape) == 4):
             return position_ids is not None
         decoding = num_queries == 1 and cache is not None and self.rule.decodes_causally
         return decoding and position_ids is not None

@@ -175,13 +175,13 @@ def load(
             )
     else:
         found, place = None, name
-    model = hub.load_from(place, found, dtype=dtype)
+    model = hub.load_from(place, found, dtype=dtype).to(device).eval()
     model.set_attention(attention)
     if found and found.non_commercial:
         warnings.warn(
             f"The weights of {name!r} are licensed {found.license}: non-commercial use only.", NonCommercialWeights, 2
         )
-    return model.to(device).eval()
+    return model
 
 
 def families() -> dict[str, ModuleType]:

@@ -35,7 +35,7 @@ nothing. {parameters:,} parameters: SigLIP at 32 pixels, 6 resampled tokens a fr
 
 {protocol}, {clips} clips of the test split, percent with 95 % intervals. The *blind level* is the best guess of one who
 knows which objects exist but not what is asked. *Reversed, right answers*: the clips played backwards, with the answers
-that are then right. *Reversed, old answers* is the control for temporal questions: who sees which way time runs fails it.
+that are then right. *Reversed, old answers* is the control for temporal questions: who sees time fails it.
 *Unseen*: clips with combinations of colour and shape that training never shows.
 
 {table}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import struct
@@ -614,6 +616,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "audio.mp4": ("no video stream", _audio_only),
     "frameless.mkv": ("no frames|EOFError", _no_frames),
     "cut.mp4": ("InvalidDataError|EOFError", lambda path: cut(encode(path), 0.5)),
+    "codec.mp4": ("no decoder", lambda p: p.write_bytes(encode(p).read_bytes().replace(b"avc1", b"zzzz")) and p),
     "nearly.mp4": ("InvalidDataError|EOFError", lambda path: cut(encode(path), 0.9)),
 }
 
@@ -829,6 +832,33 @@ def test_deadlines_hold_in_dataloader_workers(tmp_path: Path) -> None:
     assert all(map(_gone, pids))
 
 
+@needs_fifo
+def test_a_fork_while_another_thread_reads_gets_its_own_reader(tmp_path: Path) -> None:
+    write_video(clip(), tmp_path / "clip.mp4")
+    blocked = _blocked(tmp_path / "blocked.mp4")
+    causes: list[str] = []
+
+    def wait_for_nothing() -> None:
+        with pytest.raises(VideoReadError) as caught:
+            read_video(blocked, num_frames=2, deadline=3)
+        causes.append(caught.value.cause)
+
+    def work() -> None:
+        sys.exit(numbers(read_video(tmp_path / "clip.mp4", num_frames=2, deadline=60).frames) != [0, 29])
+
+    thread = threading.Thread(target=wait_for_nothing)
+    thread.start()
+    while not reader._lock.locked():
+        time.sleep(0.01)
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(30)
+    done = process.exitcode
+    process.kill()
+    thread.join()
+    assert done == 0 and causes == ["no answer within 3 s"]
+
+
 def test_the_reader_ends_with_its_parent_and_is_light(tmp_path: Path) -> None:
     write_video(clip(), tmp_path / "clip.mp4")
     code = """
@@ -958,9 +988,12 @@ def test_writing_is_exact_and_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     write_video(clip(), tmp_path / "coarse.mp4", fps=12.5, crf=45)
     assert (tmp_path / "coarse.mp4").stat().st_size < len(first) / 2
 
-    monkeypatch.setattr(av.VideoFrame, "from_ndarray", lambda *_, **__: 1 / 0)
+    assert b" threads=1 " in first
+
+    make, count = av.VideoFrame.from_ndarray, itertools.count(1)
+    monkeypatch.setattr(av.VideoFrame, "from_ndarray", lambda *a, **k: make(*a, **k) if next(count) < 150 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_video(clip(), path)
+        write_video(clip(200), path)
     assert path.read_bytes() == first and sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "coarse.mp4"]
 
 

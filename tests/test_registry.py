@@ -214,8 +214,9 @@ def test_saving_leaves_other_files_and_replaces_its_own(saved: Path, tmp_path: P
 
 
 def test_transformers_loads_our_models_by_its_auto_classes(saved: Path) -> None:
-    import mmzoo.hf  # noqa: F401
     from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import mmzoo.hf  # noqa: F401
 
     model = AutoModelForImageTextToText.from_pretrained(saved)
     processor = AutoProcessor.from_pretrained(saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def module() -> WorldQuestions:
 
 
 def batches(module: WorldQuestions, split: str = "train", clips: int | None = None) -> QuestionBatches:
-    return QuestionBatches(module.model.processor, WorldData(batch_size=3, questions_per_clip=4), split, clips)
+    data = WorldData(batch_size=3, questions_per_clip=4, describe_steps=0)
+    return QuestionBatches(module.model.processor, data, split, clips)
 
 
 def test_rows_are_what_the_processor_makes(module: WorldQuestions) -> None:
@@ -66,7 +68,7 @@ def test_the_same_step_sees_the_same_clips(module: WorldQuestions) -> None:
     assert torch.equal(first["frames"], second["frames"])
     fixed = list(batches(module, "val", 5))
     assert len(fixed) == len(batches(module, "val", 5)) == 2
-    assert sum(len(batch["frames"]) for batch in fixed) == 5
+    assert sum(len(batch["frames"]) for batch in fixed) == 6
 
 
 def test_weights_make_a_kind_more_frequent(module: WorldQuestions) -> None:
@@ -99,14 +101,27 @@ def test_frames_are_described_as_they_were_drawn() -> None:
 
 
 def test_first_the_encoder_then_everything_learns(module: WorldQuestions) -> None:
-    batch = next(iter(batches(module)))
+    source = batches(module)
+    source.data.describe_steps = 1
+    frames, batch = (batch for batch, _ in zip(source, range(2), strict=False))
     module.zero_grad()
-    module.describing_loss(batch).backward()
+    module.describing_loss(frames).backward()
     assert all(p.grad is None for p in module.model.lang_model.parameters())
     assert all(p.grad is not None for p in module.model.vision_encoder.parameters())
     module.zero_grad()
     module.answers(batch)[0].backward()
     assert any(p.grad is not None for p in module.model.lang_model.parameters())
+
+
+def test_frames_to_describe_are_drawn_with_what_they_show(module: WorldQuestions) -> None:
+    source = batches(module)
+    clips = [source.clip(seed) for seed in range(3)]
+    drawn = source.described(clips, 0, frames=20)
+    looks, places = (x.flatten(0, 1) for x in describe(clips, 8))
+    every = [torch.from_numpy(frame) for clip in clips for frame in clip.frames]
+    for frame, look, place in zip(drawn["frames"], drawn["looks"], drawn["places"], strict=True):
+        same = [i for i, other in enumerate(every) if torch.equal(frame, other)]
+        assert any(torch.equal(look, looks[i]) and torch.equal(place, places[i]) for i in same)
 
 
 def test_the_blind_baseline_sees_nothing() -> None:
@@ -126,6 +141,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 def test_a_recipe_runs_and_exports_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mmzoo"])
     short = {
         "trainer.max_steps": 4,
         "trainer.val_check_interval": 4,
@@ -147,7 +163,8 @@ def test_a_recipe_runs_and_exports_a_model(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_an_unknown_recipe_names_the_known_ones() -> None:
+def test_an_unknown_recipe_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmzoo"])
     with pytest.raises(InputError, match="Recipes: .*aki-nano"):
         cli.main(["fit", "--config", "aki-giga"])
 

@@ -103,12 +103,16 @@ class CompactMask:
         whole = in_q.unflatten(1, (-1, size)).all(2)[:, :, None] & in_k.unflatten(1, (-1, size)).all(2)[:, None]
         visited, full = torch.zeros_like(whole), torch.zeros_like(whole)
         for t in range(value.shape[-1]):
-            visited |= _not_above(reach_low, most, t) & _not_below(reach_high, least, t) & (
-                _not_above(q_first, k_last, t) & _not_below(q_last, k_first, t)
+            visited |= (
+                _not_above(reach_low, most, t)
+                & _not_below(reach_high, least, t)
+                & (_not_above(q_first, k_last, t) & _not_below(q_last, k_first, t))
             )
             # One sample alone in both tiles: its first and last number agree with each other's.
-            full |= _not_above(all_low, all_least, t) & _not_below(all_high, all_most, t) & (
-                _not_below(q_first, k_last, t) & _not_above(q_last, k_first, t)
+            full |= (
+                _not_above(all_low, all_least, t)
+                & _not_below(all_high, all_most, t)
+                & (_not_below(q_first, k_last, t) & _not_above(q_last, k_first, t))
             )
         return Tiles(visited, full & whole, size)
 

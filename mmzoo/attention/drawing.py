@@ -99,6 +99,8 @@ def _colours(layout: TokenLayout, row: int) -> tuple[torch.Tensor, set[str]]:
 
 
 def _draw_one(axis: Axes, rule: Rule, queries: TokenLayout, keys: TokenLayout, row: int) -> set[str]:
+    from matplotlib.ticker import MaxNLocator
+
     mask = allowed(rule, queries, keys)[row].float().cpu()
     (left, left_names), (top, top_names) = _colours(queries, row), _colours(keys, row)
     num_queries, num_keys = mask.shape
@@ -118,7 +120,7 @@ def _draw_one(axis: Axes, rule: Rule, queries: TokenLayout, keys: TokenLayout, r
         axis.set_xticks(range(num_keys + 1), minor=True)
         axis.set_yticks(range(num_queries + 1), minor=True)
         axis.grid(which="minor", color="white", linewidth=0.6)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.tick_params(which="both", length=0, labelsize=8, left=False, labelleft=False)
     axis.set_xlabel("key")
     axis.set_ylabel("query", labelpad=16)

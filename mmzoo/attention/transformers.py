@@ -7,30 +7,35 @@ query without an open key the mean of all values, and adds a boolean mask to the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmzoo.attention.backends import backend, eager_attention
-from mmzoo.attention.compiler import allowed
+from mmzoo.attention.backends import backend, eager_attention, flex
+from mmzoo.attention.compiler import allowed, compact
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
 from mmzoo.masks.basic import sliding_window
 from mmzoo.masks.rule import Rule, after, everything, see
 
-IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa"}
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa", "flex_attention": "mmzoo_flex"}
 """mmzoo's backend name -> the name transformers knows it by."""
 
 
-def implementation(attention: str, rule: Rule) -> str:
-    """transformers' name of a backend that can express the rule.
+def implementation(attention: str, rule: Rule, device: torch.device | str = "cpu") -> str:
+    """transformers' name of a backend that can express the rule on that device.
 
     Raises:
         UnsupportedMask: the backend cannot express it.
     """
-    return IMPLEMENTATIONS[backend(attention, rule).name]
+    return IMPLEMENTATIONS[backend(attention, rule, device=device).name]
 
 
 def _mmzoo_eager(
@@ -43,11 +48,33 @@ def _mmzoo_eager(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if refused:
-        raise UnsupportedMask("eager", "any", f"this backbone's attention needs {refused[0]}", ["sdpa"])
+    _refuse_more_than_a_mask("eager", kwargs)
     output, weights = eager_attention(query, key, value, attention_mask, scaling, dropout if module.training else 0.0)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_more_than_a_mask(name: str, kwargs: dict[str, Any]) -> None:
+    for extra in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(extra) is not None:
+            raise UnsupportedMask(name, "any", f"this backbone's attention needs {extra}", ["sdpa"])
+
+
+def _mmzoo_flex(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if attention_mask is None or isinstance(attention_mask, Tensor):  # a decoding step
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    _refuse_more_than_a_mask("flex_attention", kwargs)
+    if dropout and module.training:
+        raise UnsupportedMask("flex_attention", "any", "FlexAttention has no dropout", ["sdpa"])
+    return flex(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
 def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
@@ -55,8 +82,12 @@ def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
-AttentionInterface.register("mmzoo_eager", _mmzoo_eager)
-AttentionMaskInterface.register("mmzoo_eager", _explicit_mask)
+for name, function, mask_function in (
+    ("mmzoo_eager", _mmzoo_eager, _explicit_mask),
+    ("mmzoo_flex", _mmzoo_flex, sdpa_mask),
+):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask_function)
 
 
 def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None = None, layer: int = 0) -> Tensor:
@@ -83,7 +114,7 @@ def _recent(window: int) -> Rule:
 
 def backbone_mask(
     rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
-) -> Tensor | dict[str, Tensor]:
+) -> Tensor | BlockMask | dict[str, Tensor]:
     """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
     A sliding layer keeps its window on top of the rule.
@@ -91,6 +122,8 @@ def backbone_mask(
     Raises:
         UnsupportedMask: a layer is of a type that takes no mask.
     """
+    if getattr(config, "_attn_implementation", None) == "mmzoo_flex" and num_queries > 1:
+        return _block_mask(rule, layout, num_queries, cache, config)
     types: list[str] = list(getattr(config, "layer_types", None) or ())
     if set(types) <= {"full_attention"}:
         return mask_for(rule, layout, num_queries, cache)
@@ -104,3 +137,12 @@ def backbone_mask(
             raise UnsupportedMask("transformers", rule.name, f"layers of type {kind!r} take no mask")
         masks[kind] = mask
     return masks
+
+
+def _block_mask(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any) -> BlockMask:
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        reason = "a sliding layer needs its window on top of the rule, which block masks do not carry"
+        raise UnsupportedMask("flex_attention", rule.name, reason, ["sdpa"])
+    if cache is not None and cache.get_mask_sizes(num_queries, 0) != (len(layout), 0):
+        raise UnsupportedMask("flex_attention", rule.name, "the cache is static or sliding", ["sdpa"])
+    return compact(rule, layout).rows(slice(len(layout) - num_queries, len(layout))).block_mask()

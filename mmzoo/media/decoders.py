@@ -163,8 +163,6 @@ def read_header(path: Path) -> Header:
                 packets += 1
                 if start is not None:
                     times.append(float(start * packet.time_base))
-        if packets == 0:
-            raise VideoReadError(path, version("pyav"), "the video stream has no frames")
         matroska = container.format.name.startswith("matroska")
         return Header(
             container=container.format.name,

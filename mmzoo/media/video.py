@@ -313,7 +313,7 @@ def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: float = 8
     av = decoders.need("av", "writing a video")
     kind = _CONTAINERS[path.suffix.lower()]
     with replacing(path) as unfinished, av.open(f"file:{unfinished}", "w", format=kind) as container:
-        # With mbtree, or with threads, the same small frames gave another file in one call of three.
+        # x264's files depend on the number of threads and, for small frames and with mbtree, differ from call to call.
         options = {"crf": str(crf), "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.codec_context.thread_count = 1

@@ -6,11 +6,12 @@ saves runs it again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mmzoo import hub
 from mmzoo.errors import InputError
@@ -36,6 +37,7 @@ class RecipeCLI(LightningCLI):
         """`--export FOLDER`: where the trained model is saved as `mmzoo.load` reads it."""
         parser.add_argument("--export", type=str, default=None, help="folder for the trained model")
         parser.link_arguments("model.init_args.name", "data.init_args.model_name")
+        parser.link_arguments("model.init_args.describe_steps", "data.init_args.describe_steps")
 
     def after_fit(self) -> None:
         """Save the model, without its training heads."""
@@ -45,14 +47,13 @@ class RecipeCLI(LightningCLI):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run fit, validate, test or predict."""
-    args: ArgsType = None if arguments is None else _with_recipes(list(arguments))
+    """Run fit, validate, test or predict, as the process's own command line."""
+    sys.argv[1:] = _with_recipes(list(sys.argv[1:] if arguments is None else arguments))
     RecipeCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        args=args,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import lightning
@@ -28,19 +29,38 @@ _COLOURS, _SHAPES = tuple(COLOURS), tuple(SHAPES)
 
 
 class QuestionBatches(IterableDataset):
-    """Endless batches of new clips, or a fixed set of them; clip i is always the same."""
+    """Endless batches of new clips, first frames to describe and then questions; or a fixed set of questions.
+
+    Clip i is always the same.
+    """
 
     def __init__(self, processor: MultimodalProcessor, data: WorldData, split: str, clips: int | None = None):
         self.processor, self.data, self.split, self.clips = processor, data, split, clips
         self._layouts: dict[tuple[int, ...], tuple[list[int], TokenLayout]] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        first = 0
-        while self.clips is None or first < self.clips:
-            count = self.data.batch_size if self.clips is None else min(self.data.batch_size, self.clips - first)
-            clips = [self.clip(first + i) for i in range(count)]
-            yield self.batch(clips, random.Random(first), late=first >= self.data.late_from * self.data.batch_size)
-            first += count
+        data, first = self.data, 0
+        if self.clips is None:
+            for step in range(data.describe_steps):
+                yield self.described([self.clip(first + i) for i in range(data.describe_clips)], step)
+                first += data.describe_clips
+        for step in count():
+            clips = [self.clip(first + i) for i in range(data.batch_size)]
+            yield self.batch(clips, random.Random(first), late=step >= data.late_from)
+            first += data.batch_size
+            if self.clips is not None and first >= self.clips:
+                return
+
+    def described(self, clips: Sequence[Clip], seed: int, frames: int = 64) -> dict[str, Tensor]:
+        """Some frames of the clips, drawn at random: frames uint8 [N, H, W, 3], looks [N, X], places [N, X, 2]."""
+        looks, places = describe(clips, self.data.num_frames)
+        every = np.concatenate([clip.frames for clip in clips])
+        some = np.random.default_rng(seed).permutation(len(every))[:frames]
+        return {
+            "frames": torch.from_numpy(every[some]),
+            "looks": looks.flatten(0, 1)[some],
+            "places": places.flatten(0, 1)[some],
+        }
 
     def __len__(self) -> int:
         if self.clips is None:
@@ -51,7 +71,7 @@ class QuestionBatches(IterableDataset):
         return make_clip(seed, split=self.split, size=self.data.size, num_frames=self.data.num_frames)
 
     def batch(self, clips: Sequence[Clip], rng: random.Random, late: bool = False) -> dict[str, Any]:
-        """frames uint8 [C, T, H, W, 3]; owner [R]; input_ids, labels [R, L]; layout [R, L, K]; kinds; looks; places."""
+        """frames uint8 [C, T, H, W, 3]; owner [R]; input_ids, labels [R, L]; layout [R, L, K]; kinds of questions."""
         chosen = [(i, question) for i, clip in enumerate(clips) for question in self.choose(clip, rng, late)]
         rows = [self.row(question) for _, question in chosen]
         collated = self.processor.collate(
@@ -61,14 +81,11 @@ class QuestionBatches(IterableDataset):
             padding_side="right",
             labels=True,
         )
-        looks, places = describe(clips, self.data.num_frames)
         return {
             **collated,
             "frames": torch.from_numpy(np.stack([clip.frames for clip in clips])),
             "owner": torch.tensor([i for i, _ in chosen]),
             "kinds": [question.kind for _, question in chosen],
-            "looks": looks,
-            "places": places,
         }
 
     def choose(self, clip: Clip, rng: random.Random, late: bool = False) -> list[Question]:
@@ -100,11 +117,12 @@ class WorldData(lightning.LightningDataModule):
 
     Args:
         model_name: whose processor lays the questions out.
-        batch_size: clips of a batch.
+        batch_size: clips of a batch of questions; the validation set is rounded up to whole batches.
+        describe_steps: batches of frames to describe before the questions start.
+        describe_clips: clips that the frames of such a batch are drawn from.
         questions_per_clip: questions of a clip in training; its visual tokens are made once for all of them.
         question_weights: how much more often a kind is asked than the others.
-        late_question_weights: the same from the step `late_from` on.
-        late_from: a step of training; the first stage counts.
+        late_question_weights: the same from the batch of questions number `late_from` on.
         size: pixels of a frame's side.
         num_frames: frames of a clip.
         val_clips: clips of the validation set.
@@ -114,6 +132,8 @@ class WorldData(lightning.LightningDataModule):
         self,
         model_name: str = "aki-nano",
         batch_size: int = 12,
+        describe_steps: int = 3500,
+        describe_clips: int = 24,
         questions_per_clip: int = 4,
         question_weights: Mapping[str, float] | None = None,
         late_question_weights: Mapping[str, float] | None = None,
@@ -126,6 +146,7 @@ class WorldData(lightning.LightningDataModule):
         self.model_name, self.batch_size, self.questions_per_clip = model_name, batch_size, questions_per_clip
         self.question_weights, self.late_question_weights = question_weights or {}, late_question_weights or {}
         self.late_from = late_from
+        self.describe_steps, self.describe_clips = describe_steps, describe_clips
         self.size, self.num_frames, self.val_clips = size, num_frames, val_clips
 
     @property
@@ -243,22 +264,20 @@ class WorldQuestions(lightning.LightningModule):
         self.right: dict[str, list[bool]] = {}
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
-        describing = self.global_step < self.hparams.describe_steps
+        describing = "looks" in batch
         loss = self.describing_loss(batch) if describing else self.answers(batch)[0]
         self.log("describe_loss" if describing else "answer_loss", loss, prog_bar=True)
         return loss
 
     def pixels(self, batch: dict[str, Any]) -> Tensor:
-        """float32 [C * T, 3, H, W] in -1..1, as the processor normalises them."""
-        pixels = batch["frames"].flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+        """float32 [N, 3, H, W] of all frames, in -1..1, as the processor normalises them."""
+        pixels = batch["frames"].flatten(0, -4).permute(0, 3, 1, 2).float() / 127.5 - 1
         return torch.zeros_like(pixels) if self.blind else pixels
 
-    def describing_loss(self, batch: dict[str, Any], frames: int = 64) -> Tensor:
-        """Of some frames of the batch, drawn at random: small steps learn faster here."""
-        pixels, looks, places = self.pixels(batch), batch["looks"].flatten(0, 1), batch["places"].flatten(0, 1)
-        some = torch.randperm(len(pixels), device=pixels.device)[:frames]
-        patches = self.model.vision_encoder(pixels[some]).last_hidden_state
-        return self.description.loss(patches, self.model.vision_tokenizer(patches), looks[some], places[some])
+    def describing_loss(self, batch: dict[str, Any]) -> Tensor:
+        patches = self.model.vision_encoder(self.pixels(batch)).last_hidden_state
+        tokens = self.model.vision_tokenizer(patches)
+        return self.description.loss(patches, tokens, batch["looks"], batch["places"])
 
     def answers(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss, and whether each question [R] is answered in full."""
