@@ -145,6 +145,31 @@ def _span(word: str) -> Any:
 
 
 @app.command()
+def doctor() -> None:
+    """Versions, devices, and which backend runs which rule on this machine, and why not."""
+    import torch
+
+    from mmzoo.attention.verdicts import BACKENDS, EXAMPLES, cell, device_name, verdict, versions
+
+    console.print(f"mmzoo {mmzoo.__version__}, python {sys.version.split()[0]}")
+    console.print(", ".join(f"{package} {version}" for package, version in versions().items()))
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    reasons: dict[str, str] = {}
+    for device in devices:
+        table = Table("rule", *BACKENDS, title=f"{device}: {device_name(device)}")
+        with console.status(f"running every rule on every backend on {device}"):
+            for rule in EXAMPLES:
+                table.add_row(rule, *(cell(rule, attention, device) for attention in BACKENDS))
+        console.print(table)
+        for attention in BACKENDS:
+            found = verdict("causal", attention, "prefill", device)
+            if found.kind == "refused":
+                reasons[f"{attention} on {device}"] = found.detail
+    for where, reason in reasons.items():
+        console.print(f"{where}: {reason}", soft_wrap=True)
+
+
+@app.command()
 def demo(output: OutputFolder = Path("demo_output")) -> None:
     """Let the small model that ships with mmzoo answer questions about a small video that ships with it."""
     clips = resources.files("mmzoo") / "assets" / "demo"

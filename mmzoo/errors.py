@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class MmzooError(Exception):
     """Base class of every error that mmzoo raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The constructors compose the message; a copy from another process keeps it as it is.
+        return _revived, (type(self), str(self), vars(self))
+
+
+def _revived(kind: type[MmzooError], message: str, attributes: dict[str, Any]) -> MmzooError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    vars(error).update(attributes)
+    return error
 
 
 class UnknownModel(MmzooError, LookupError):

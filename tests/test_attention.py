@@ -280,7 +280,7 @@ def test_a_backend_that_cannot_express_a_rule_refuses_it(attention: str, name: s
 def test_a_refusing_backend_does_not_run(attention: str) -> None:
     query, layout = torch.zeros(1, 1, 2, 4), lay_out(text(2))
     with pytest.raises(UnsupportedMask, match=attention):
-        BACKENDS[attention](query, query, query, Mask(masks.causal(), layout, layout), 1.0)
+        BACKENDS[attention](query, query, query, Mask(masks.causal(), layout, layout, slice(None)), 1.0)
 
 
 def test_the_known_backends_run_or_refuse() -> None:

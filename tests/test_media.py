@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -739,6 +740,46 @@ def test_a_hang_becomes_an_error_within_the_deadline(tmp_path: Path, folder: boo
 
 
 @needs_fifo
+def test_closing_does_not_wait_for_a_read_that_hangs(tmp_path: Path) -> None:
+    write_video(clip(), tmp_path / "clip.mp4")
+    read_video(tmp_path / "clip.mp4", num_frames=2, deadline=60)
+    blocked, causes = _blocked(tmp_path / "blocked.mp4"), []
+
+    def wait_for_nothing() -> None:
+        with pytest.raises(VideoReadError) as caught:
+            read_video(blocked, num_frames=2, deadline=60)
+        causes.append(caught.value.cause)
+
+    thread = threading.Thread(target=wait_for_nothing)
+    thread.start()
+    while not reader._lock.locked():
+        time.sleep(0.01)
+    begin = time.monotonic()
+    reader.close_reader()
+    thread.join()
+    assert time.monotonic() - begin < 20 and causes == [f"the reader process ended (exit code -{int(signal.SIGKILL)})"]
+
+
+def test_an_answer_at_the_last_moment_counts_and_the_killed_reader_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(clip(), tmp_path / "clip.mp4")
+    read_video(tmp_path / "clip.mp4", num_frames=2, deadline=60)
+    receive = reader._receive
+
+    def receive_and_wait(pipe: BinaryIO) -> object:
+        answer = receive(pipe)
+        time.sleep(1.2)
+        return answer
+
+    monkeypatch.setattr(reader, "_receive", receive_and_wait)
+    assert numbers(read_video(tmp_path / "clip.mp4", num_frames=2, deadline=1).frames) == [0, 29]
+    assert reader._reader is not None and reader._reader.process.returncode is not None
+    monkeypatch.undo()
+    assert numbers(read_video(tmp_path / "clip.mp4", num_frames=2, deadline=60).frames) == [0, 29]
+
+
+@needs_fifo
 def test_a_crash_of_the_reader_becomes_an_error(tmp_path: Path) -> None:
     write_video(clip(), tmp_path / "clip.mp4")
     read_video(tmp_path / "clip.mp4", num_frames=2, deadline=60)
@@ -988,7 +1029,9 @@ def test_writing_is_exact_and_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     write_video(clip(), tmp_path / "coarse.mp4", fps=12.5, crf=45)
     assert (tmp_path / "coarse.mp4").stat().st_size < len(first) / 2
 
-    assert b" threads=1 " in first
+    write_video(clip(2, 256, 256), tmp_path / "large.mp4")
+    assert b" threads=1 " in (tmp_path / "large.mp4").read_bytes()
+    (tmp_path / "large.mp4").unlink()
 
     make, count = av.VideoFrame.from_ndarray, itertools.count(1)
     monkeypatch.setattr(av.VideoFrame, "from_ndarray", lambda *a, **k: make(*a, **k) if next(count) < 150 else 1 / 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import mmzoo
 from mmzoo import hub, registry
-from mmzoo.errors import CheckpointError, InputError, UnknownModel, UnsupportedMask
+from mmzoo.errors import CheckpointError, InputError, MissingExtra, UnknownModel, UnsupportedMask, VideoReadError
 
 
 @pytest.fixture
@@ -224,3 +225,19 @@ def test_transformers_loads_our_models_by_its_auto_classes(saved: Path) -> None:
     assert type(model) is type(ours)
     assert processor.to_dict() == ours.processor.to_dict()
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        VideoReadError("a.mp4", "pyav 18", "no frames"),
+        MissingExtra("av", "video", "Reading"),
+        UnsupportedMask("flash", "causal", "because"),
+        CheckpointError("bad", missing=["a"], misshapen=[("b", (1,), (2,))]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_the_way_from_another_process(error: Exception) -> None:
+    again = copy.copy(error)
+    assert type(again) is type(error)
+    assert (str(again), vars(again)) == (str(error), vars(error))

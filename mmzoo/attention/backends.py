@@ -35,14 +35,15 @@ class Mask:
     rule: Rule
     queries: TokenLayout
     keys: TokenLayout
+    rows: slice
 
     def dense(self) -> Tensor:
         """bool [B, Q, K]."""
-        return allowed(self.rule, self.queries, self.keys)
+        return allowed(self.rule, self.queries, self.keys, rows=self.rows)
 
     def blocks(self) -> BlockMask:
         """FlexAttention's block mask."""
-        return compact(self.rule, self.queries, self.keys).block_mask()
+        return compact(self.rule, self.queries, self.keys).rows(self.rows).block_mask()
 
 
 class Backend(Protocol):
@@ -162,6 +163,7 @@ def attend(
     queries: TokenLayout,
     keys: TokenLayout | None = None,
     *,
+    rows: slice = slice(None),
     attention: str = "sdpa",
     scale: float | None = None,
 ) -> Tensor:
@@ -174,12 +176,14 @@ def attend(
         query: [B, H, Q, D].
         key, value: [B, G, K, D]; H is a multiple of G, and nothing is repeated beforehand.
         rule: one rule, or the pair of a two-softmax attention.
-        queries: layout of the queries. keys: layout of the keys; None is self-attention.
+        queries: layout of the queries.
+        keys: layout of the keys; None is self-attention.
+        rows: which queries of the layout `query` holds; a decoding step holds the last one.
         attention: name of the backend.
         scale: D ** -0.5 if None.
     """
     lengths = (query.shape[0], query.shape[2], key.shape[2])
-    described = ((keys or queries).shape[0], len(queries), len(keys or queries))
+    described = ((keys or queries).shape[0], len(queries[rows]), len(keys or queries))
     if lengths != described:
         raise InputError(f"Batch, queries and keys are {lengths} in the tensors and {described} in the layouts.")
     rules = rule if isinstance(rule, tuple) else (rule,)
@@ -188,10 +192,10 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
     for one in rules:
-        mask = Mask(one, queries, keys)
+        mask = Mask(one, queries, keys, rows)
         output = run(query, key, value, mask, scale)
         if one.fallback is not None:
-            mean = _mean_over(allowed(one.fallback, queries, keys), value, query.shape[1])
+            mean = _mean_over(allowed(one.fallback, queries, keys, rows=rows), value, query.shape[1])
             output = torch.where(mask.dense().any(-1)[:, None, :, None], output, mean)
         outputs.append(output)
     return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]

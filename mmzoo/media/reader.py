@@ -128,6 +128,10 @@ def read_within(deadline: float, path: Path, wanted: Wanted, backend: str) -> Vi
 def close_reader() -> None:
     """Ends this process's reader, if it has one; the next deadline starts another."""
     global _reader
+    reader = _reader
+    if reader is not None:
+        # Another thread may be waiting for an answer; this ends its wait, and it lets go of the lock.
+        reader.process.kill()
     with _lock:
         if _reader is not None:
             _reader.close()
