@@ -63,8 +63,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_state(folder: Path, sha256: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a folder with model.safetensors, or with shards and their index.
+def check_files(folder: Path, sha256: Mapping[str, str] | None = None) -> None:
+    """Look at model.safetensors, or at the shards and their index, before anything is loaded.
 
     Args:
         folder: the checkpoint.
@@ -73,10 +73,8 @@ def read_state(folder: Path, sha256: Mapping[str, str] | None = None) -> dict[st
     Raises:
         CheckpointError: a file is missing, damaged, or not the known one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
-    state: dict[str, torch.Tensor] = {}
     for name in _shards(folder):
         path = folder / name
         if not path.is_file():
@@ -88,10 +86,10 @@ def read_state(folder: Path, sha256: Mapping[str, str] | None = None) -> dict[st
             if found != known:
                 raise CheckpointError(f"{path} is damaged or another file: its sha256 is {found}, not {known}.")
         try:
-            state.update(load_file(path))
+            with safe_open(path, "pt"):
+                pass
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
-    return state
 
 
 def _shards(folder: Path) -> list[str]:
@@ -99,7 +97,10 @@ def _shards(folder: Path) -> list[str]:
     if not index.is_file():
         return ["model.safetensors"]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        described = json.loads(index.read_text())
+        if "metadata" not in described:  # transformers needs it
+            raise KeyError("metadata")
+        names = sorted(set(described["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}.") from error
     for name in names:
@@ -108,8 +109,16 @@ def _shards(folder: Path) -> list[str]:
     return names
 
 
-def load_from(place: str, entry: Entry | None = None, *, dtype: torch.dtype | None = None) -> MultimodalLM:
+def load_from(
+    place: str, entry: Entry | None = None, *, dtype: torch.dtype | None = None, **loading: Any
+) -> MultimodalLM:
     """The model and processor of a checkpoint, mmzoo's own or one released by a family's authors.
+
+    Args:
+        place: as `locate` takes it.
+        entry: the registered model that it is, if it is one.
+        dtype: the checkpoint's own if None.
+        **loading: what transformers' `from_pretrained` takes, such as device_map and quantization_config.
 
     Raises:
         CheckpointError: nothing in the zoo can read it, or it does not fit the model.
@@ -119,7 +128,7 @@ def load_from(place: str, entry: Entry | None = None, *, dtype: torch.dtype | No
     folder = locate(place)
     described = read_config(folder)
     known = families()
-    state = read_state(folder, entry.sha256 if entry else None)
+    check_files(folder, entry.sha256 if entry else None)
     module = known.get(described.get("model_type", ""))
     if module is not None:
         config = module.MODEL.config_class.from_pretrained(folder)
@@ -132,35 +141,22 @@ def load_from(place: str, entry: Entry | None = None, *, dtype: torch.dtype | No
                 f"{described.get('model_type')!r} and is not a known release either."
             )
         config, processor = module.read_release(folder, described)
-    model = fill(module.MODEL, config, state, dtype=dtype)
-    model.processor = processor
-    return model
-
-
-def fill(
-    model_class: type[MultimodalLM], config: Any, state: dict[str, torch.Tensor], *, dtype: torch.dtype | None = None
-) -> MultimodalLM:
-    """A model with exactly these tensors.
-
-    Raises:
-        CheckpointError: names or shapes differ; all of them are listed.
-    """
-    model, report = model_class.from_pretrained(
-        None,
+    model, report = module.MODEL.from_pretrained(
+        folder,
         config=config,
-        state_dict=state,
         dtype=dtype or "auto",
         output_loading_info=True,
-        ignore_mismatched_sizes=True,
+        ignore_mismatched_sizes=True,  # they are reported below, all of them, instead of the first
+        **loading,
     )
-    problems = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
-    if problems:
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
         raise CheckpointError(
-            f"The checkpoint does not fit {model_class.__name__}.",
+            f"The checkpoint {place} does not fit {module.MODEL.__name__}.",
             missing=report["missing_keys"],
             unexpected=report["unexpected_keys"],
             misshapen=[(name, tuple(there), tuple(here)) for name, there, here in report["mismatched_keys"]],
         )
+    model.processor = processor
     return model
 
 

@@ -140,37 +140,43 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             InputError: pixels and visual tokens do not agree.
         """
         embeddings = self.get_input_embeddings()(input_ids)
-        visual = None if layout is None else layout.visual
         if pixel_values is None:
-            if visual is not None and bool(visual.any()):
+            if layout is not None and not torch.compiler.is_compiling() and bool(layout.visual.any()):
                 raise InputError("The layout has visual tokens, but no pixel_values were given.")
             return embeddings
-        if visual is None:
+        if layout is None:
             raise InputError("pixel_values need the batch's layout. The model's processor gives both.")
-        run = layout.runs("segment", "frame")
-        starts = visual.clone()
-        starts[:, 1:] &= run[:, 1:] != run[:, :-1]
-        count = starts.sum(1)
-        most = pixel_values.shape[1]
-        real = torch.arange(most, device=count.device) < count[:, None]
-        if int(count.max()) > most:
+        most, count = pixel_values.shape[1], _media_starts(layout).sum(1)
+        if not torch.compiler.is_compiling() and int(count.max()) > most:
             raise InputError(
                 f"A sample has {int(count.max())} images or frames in its layout, pixel_values has {most}."
             )
-        return self.place(embeddings, layout, self.visual_tokens(pixel_values[real].to(embeddings.dtype)))
+        real = torch.arange(most, device=count.device) < count[:, None]
+        return self.place(embeddings, layout, self._encoded(pixel_values.to(embeddings.dtype), real))
+
+    def _encoded(self, pixel_values: Tensor, real: Tensor) -> Tensor:
+        """Visual tokens [B, M, V, D]. What only pads a batch is not encoded, except in a compiled graph."""
+        if torch.compiler.is_compiling() or bool(real.all()):
+            return self.visual_tokens(pixel_values.flatten(0, 1)).unflatten(0, real.shape)
+        tokens = self.visual_tokens(pixel_values[real])
+        return tokens.new_zeros(*real.shape, *tokens.shape[1:]).index_put((real,), tokens)
 
     def place(self, embeddings: Tensor, layout: TokenLayout, tokens: Tensor) -> Tensor:
-        """Embeddings [B, Q, D] with visual tokens [..., V, D] in the layout's visual places, in order.
+        """Embeddings [B, Q, D] with each row's visual tokens [B, M, V, D] in the layout's visual places, in order.
 
         Raises:
             InputError: there are more or fewer tokens than places.
         """
-        tokens = tokens.flatten(0, -2)
-        if len(tokens) != int(layout.visual.sum()):
+        starts, visual = _media_starts(layout), layout.visual
+        per_medium = tokens.shape[2]
+        if not torch.compiler.is_compiling() and int(visual.sum()) != int(starts.sum()) * per_medium:
             raise InputError(
-                f"There are {len(tokens)} visual tokens, and the layout has {int(layout.visual.sum())} places for them."
+                f"The connector gives {per_medium} tokens an image or frame, but the layout has "
+                f"{int(visual.sum())} places for {int(starts.sum())} of them."
             )
-        return embeddings.masked_scatter(layout.visual[..., None], tokens.to(embeddings.dtype))
+        number = (visual.cumsum(1) - 1).clamp(min=0, max=tokens.shape[1] * per_medium - 1)
+        gathered = tokens.flatten(1, 2).gather(1, number[..., None].expand(-1, -1, tokens.shape[-1]))
+        return torch.where(visual[..., None], gathered.to(embeddings.dtype), embeddings)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.language_model.get_input_embeddings()
@@ -462,6 +468,14 @@ class LanguageModel(MultimodalLM):
     def embed(self, input_ids: Tensor, layout: TokenLayout | None, pixel_values: Tensor | None = None) -> Tensor:
         """Embeddings [B, Q, D] of ids alone: whatever the layout calls them, visual tokens are ids of the table too."""
         return self.get_input_embeddings()(input_ids)
+
+
+def _media_starts(layout: TokenLayout) -> Tensor:
+    """bool [B, L]: the first token of every image and frame."""
+    run = layout.runs("segment", "frame")
+    starts = layout.visual.clone()
+    starts[:, 1:] &= run[:, 1:] != run[:, :-1]
+    return starts
 
 
 def text_layout(attention_mask: Tensor | None, length: int, like: Tensor) -> TokenLayout:

@@ -143,6 +143,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     attention: str = "sdpa",
+    **loading: Any,
 ) -> MultimodalLM:
     """A model with its weights and its `.processor`, in evaluation mode.
 
@@ -152,7 +153,9 @@ def load(
             random ones.
         device: where it is put.
         dtype: the checkpoint's own if None.
-        attention: "sdpa" or "eager".
+        attention: "sdpa", "eager" or "flex_attention".
+        **loading: what transformers' `from_pretrained` takes, such as `device_map="auto"` (then `device` is not used)
+            and `quantization_config`.
 
     Raises:
         UnknownModel: no such name.
@@ -175,13 +178,15 @@ def load(
             )
     else:
         found, place = None, name
-    model = hub.load_from(place, found, dtype=dtype).to(device).eval()
+    model = hub.load_from(place, found, dtype=dtype, **loading)
+    if not {"device_map", "quantization_config"} & loading.keys():
+        model = model.to(device)
     model.set_attention(attention)
     if found and found.non_commercial:
         warnings.warn(
             f"The weights of {name!r} are licensed {found.license}: non-commercial use only.", NonCommercialWeights, 2
         )
-    return model
+    return model.eval()
 
 
 def families() -> dict[str, ModuleType]:

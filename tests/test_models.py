@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BatchFeature
+from transformers import BatchFeature, DynamicCache, StaticCache
 
 import mmzoo
 from mmzoo import hub, masks
 from mmzoo.errors import NoPretrainedWeights
-from mmzoo.language import MultimodalLM
+from mmzoo.language import CACHE, MultimodalLM
 from mmzoo.layout import TokenLayout
 from mmzoo.registry import entry
 
@@ -182,3 +182,58 @@ def test_shipped_weights_load(name: str) -> None:
 def test_shipped_weights_stay_small() -> None:
     assets = ROOT / "mmzoo" / "assets"
     assert sum(path.stat().st_size for path in assets.rglob("*.safetensors")) < 10e6
+
+
+def _graph_breaks(model: MultimodalLM, **inputs: object) -> list[str]:
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(**inputs)
+    assert found.graph_count >= 1
+    return [reason.reason for reason in found.break_reasons]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_training_step_compiles_into_one_graph(name: str) -> None:
+    model = a_model(name)
+    batch = model.processor(
+        [model.processor.prompt(question, "<video>") + question for question in questions(model)[:2]],
+        videos=[[clip(0)], [clip(1)]],
+        padding_side="right",
+        labels=True,
+    )
+    assert _graph_breaks(model, **batch) == []
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_decoding_step_compiles_into_one_graph(name: str, cache_class: type) -> None:
+    model = a_model(name)
+    batch = inputs(model, [0])
+    length = batch["input_ids"].shape[1]
+    options = {"config": model.config.text_config}
+    cache = cache_class(**options) if cache_class is DynamicCache else cache_class(**options, max_cache_len=length + 8)
+    with torch.no_grad():
+        model(**batch, use_cache=True, **{CACHE: cache})
+        layout = TokenLayout(batch["layout"]).with_answer().data
+        assert _graph_breaks(model, input_ids=batch["input_ids"][:, -1:], layout=layout, **{CACHE: cache}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_compiled_model_gives_the_same_loss_and_gradients(name: str) -> None:
+    model, batch = a_model(name), None
+    batch = model.processor(
+        [model.processor.prompt(question, "<video>") + question for question in questions(model)[:2]],
+        videos=[[clip(0)], [clip(1)]],
+        padding_side="right",
+        labels=True,
+    )
+    losses, gradients = [], []
+    for step in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        loss = step(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*losses)
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, compiled, atol=1e-4, rtol=1e-3)

@@ -172,9 +172,16 @@ def test_a_foreign_checkpoint_is_refused(damaged: Path) -> None:
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "model.bin"])
 def test_an_index_may_not_leave_the_folder(damaged: Path, shard: str) -> None:
-    index = {"weight_map": {"vision_tokenizer.latents": shard}}
+    index = {"metadata": {}, "weight_map": {"vision_tokenizer.latents": shard}}
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="no file of this checkpoint"):
+        mmzoo.load(str(damaged))
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": {}}', '{"metadata": {}, "weight_map": []}'])
+def test_a_damaged_index_is_a_checkpoint_error(damaged: Path, index: str) -> None:
+    (damaged / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="index.json is damaged"):
         mmzoo.load(str(damaged))
 
 
@@ -184,7 +191,7 @@ def test_shards_are_read_and_missed(damaged: Path) -> None:
     halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, part in halves.items():
         save_file({name: state[name] for name in part}, damaged / file)
-    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    index = {"metadata": {}, "weight_map": {name: file for file, part in halves.items() for name in part}}
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
     (damaged / "model.safetensors").unlink()
     assert set(mmzoo.load(str(damaged)).state_dict()) == set(names)
