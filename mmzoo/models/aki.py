@@ -8,6 +8,7 @@ Shape legend: N images or frames, F frames of one medium, P patches, V visual to
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ class AKIConfig(MultimodalConfig):
         self.resampler = resampler or {}
         self.initial_tokenizer_len, self.num_added_tokens = initial_tokenizer_len, num_added_tokens
         super().__init__(text_config=text_config or {"model_type": "phi3"}, rule=rule, **kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The language model's configuration with the number of logits it gives here, which beam search asks for."""
+        config = copy.copy(super().get_text_config(*args, **kwargs))
+        config.vocab_size = self.initial_tokenizer_len + self.num_added_tokens
+        return config
 
 
 class DecoupledEmbedding(nn.Embedding):
