@@ -7,7 +7,8 @@ The three folders are exports of
     mmzoo fit --config aki-nano --export AKI_NANO
     mmzoo fit --config aki-nano --export UNCOMPRESSED \\
         --model.init_args.config '{connector: linear, num_vision_tokens: 16}'
-    mmzoo fit --config aki-nano --model.init_args.blind true --model.init_args.describe_steps 0 --export BLIND
+    mmzoo fit --config aki-nano --export BLIND --model.init_args.blind true --model.init_args.describe_steps 0 \\
+        --model.init_args.answer_steps 1500 --trainer.max_steps 1500
 """
 
 from __future__ import annotations
