@@ -27,7 +27,6 @@ from mmzoo.masks.ccam import query_layout
 from mmzoo.masks.rule import everything, index, not_after, see, visual
 from mmzoo.masks.rule import text as text_class
 from mmzoo.models.aki import AKI, AKIConfig, aki_image_processor
-from mmzoo.processing import answer_labels
 from mmzoo_training import aki_sft
 
 
@@ -178,11 +177,11 @@ def cross_attention_masks(case: Case) -> Iterator[Comparison]:
     """video-ccam-definition, mask: query to frame, under the three roundings."""
     rule = masks.causal_cross_attention()
     for rounding in case.config["rules"]:
-        for frames, tokens, queries in case.config["mask_cases"]:
+        for frames, tokens, queries in case.config.get("mask_cases", []):
             name = f"mask_T{frames}_L{tokens}_N{queries}_{rounding}"
             mask = allowed(rule, query_layout(queries, frames, rounding), lay_out(video(frames, tokens)))[0]
             yield exact(name, mask, case.expected[name])
-        for frames, queries in case.config["visible_frame_cases"]:
+        for frames, queries in case.config.get("visible_frame_cases", []):
             name = f"visible_frames_T{frames}_N{queries}_{rounding}"
             mask = allowed(rule, query_layout(queries, frames, rounding), lay_out(video(frames, 1)))[0]
             yield exact(name, mask.sum(-1), case.expected[name])
@@ -274,6 +273,15 @@ def aki_model(case: Case) -> Iterator[Comparison]:
         yield from _aki_scenario(case, prefix, model, input_ids, layout)
 
 
+def _spliced_labels(case: Case, prefix: str, layout: TokenLayout) -> Tensor:
+    """The case's labels with -100 in the places of media, and on padding."""
+    given, ids = case.inputs[f"{prefix}labels"], case.inputs[f"{prefix}input_ids"]
+    kept = case.inputs[f"{prefix}attention_mask"].bool() & (ids != case.config["media_token_id"])
+    labels = torch.full(layout.sample.shape, -100)
+    labels[layout.valid & ~layout.visual] = given[kept]
+    return labels
+
+
 def _aki_scenario(case: Case, prefix: str, model: AKI, input_ids: Tensor, layout: TokenLayout) -> Iterator[Comparison]:
     expected = {name.removeprefix(prefix): x for name, x in case.expected.items() if name.startswith(prefix)}
     pixels, valid = case.inputs[f"{prefix}pixel_values"], layout.valid
@@ -287,7 +295,7 @@ def _aki_scenario(case: Case, prefix: str, model: AKI, input_ids: Tensor, layout
     yield close(f"{prefix}vision_tokens", tokens, expected["vision_tokens"])
     labels = None
     if "expanded_labels" in expected:
-        labels = answer_labels(input_ids, layout)
+        labels = _spliced_labels(case, prefix, layout)
         yield exact(f"{prefix}expanded_labels", labels, expected["expanded_labels"])
     for name, rule in (("mma", masks.modality_mutual()), ("causal", masks.causal())):
         model.rule = rule
@@ -322,34 +330,32 @@ def aki_pixels(case: Case) -> Iterator[Comparison]:
 def aki_text(case: Case) -> Iterator[Comparison]:
     """aki, text: training strings, labels, collation and the learning-rate schedule."""
     given, expected = case.json(case.config["inputs_file"]), case.json(case.config["expected_file"])
-    tokens = {"assistant_id": 32001, "pad_id": 32011}
-    encode = given["encode"]
-    encoded = [aki_sft.encode(ids, encode["max_length"], tokens["assistant_id"]) for ids in encode["ids"]]
-    schedule = given["lr_schedule"]
-    actual = {
-        "templates": [aki_sft.sft_text(row["dataset"], row["example"], row["has_image"]) for row in given["templates"]],
-        "llava": [turn for record in given["llava"] for turn in aki_sft.llava_samples(record, "IMAGES")],
-        "vsr": [aki_sft.vsr_sample(row, {"train": "TRAIN", "val": "VAL"}, upstream_split=True) for row in given["vsr"]],
-        "boxes": [aki_sft.box(*row) for row in given["boxes"]],
+    assistant, pad = case.config.get("assistant_token_id", 32001), case.config.get("pad_token_id", 32011)
+
+    def encoded() -> list[dict[str, list[int]]]:
+        return [aki_sft.encode(ids, given["encode"]["max_length"], assistant) for ids in given["encode"]["ids"]]
+
+    actual: dict[str, Callable[[], Any]] = {
+        "templates": lambda: [aki_sft.sft_text(x["dataset"], x["example"], x["has_image"]) for x in given["templates"]],
+        "llava": lambda: [turn for record in given["llava"] for turn in aki_sft.llava_samples(record, "IMAGES")],
+        "vsr": lambda: [
+            aki_sft.vsr_sample(row, {"train": "TRAIN", "val": "VAL"}, upstream_split=True) for row in given["vsr"]
+        ],
+        "boxes": lambda: [aki_sft.box(*row) for row in given["boxes"]],
         "encode": encoded,
-        "collate": aki_sft.collate(encoded, encode["max_length"] + 1, tokens["pad_id"]),
+        "collate": lambda: aki_sft.collate(encoded(), given["encode"]["max_length"] + 1, pad),
     }
     for key in case.config["keys"]:
         if key == "lr_schedule":
-            rates = [
-                aki_sft.learning_rate(
-                    step, schedule["lr"], schedule["min_lr"], schedule["warmup_steps"], schedule["total_steps"]
-                )
-                for step in schedule["steps"]
-            ]
-            yield close(
-                key,
-                torch.tensor(rates).double() / schedule["lr"],
-                torch.tensor(expected[key]).double() / schedule["lr"],
-                1e-6,
-            )
+            yield close(key, *_relative_rates(given[key], expected[key]), 1e-6)
         else:
-            yield same_strings(key, actual[key], expected[key])
+            yield same_strings(key, actual[key](), expected[key])
+
+
+def _relative_rates(schedule: dict[str, Any], expected: list[float]) -> tuple[Tensor, Tensor]:
+    sizes = [schedule[name] for name in ("lr", "min_lr", "warmup_steps", "total_steps")]
+    rates = [aki_sft.learning_rate(step, *sizes) for step in schedule["steps"]]
+    return torch.tensor(rates).double() / sizes[0], torch.tensor(expected).double() / sizes[0]
 
 
 MASK_KINDS = {
