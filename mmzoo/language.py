@@ -202,20 +202,17 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         names = {name: attention for attention, name in IMPLEMENTATIONS.items()}
         self.set_attention(names.get(attn_implementation, attn_implementation))
 
-    def masks_and_positions(
-        self, layout: TokenLayout, num_queries: int, cache: Cache | None = None
-    ) -> tuple[Any, Tensor]:
-        """What the backbone needs for the last `num_queries` tokens of the layout: its mask and position ids.
+    def mask(self, layout: TokenLayout, num_queries: int, cache: Cache | None = None) -> Any:
+        """The mask of the last `num_queries` tokens of the layout, in the form that the backbone takes.
 
         One token of a rule under which generated text sees all its past takes the ordinary padding mask.
         """
         config = self.language_model.config
         if config._attn_implementation not in IMPLEMENTATIONS.values():
             implementation(config._attn_implementation, self.rule)
-        position_ids = self.scheme(layout)[:, len(layout) - num_queries :]
         if num_queries == 1 and len(layout) > 1 and self.rule.decodes_causally:
-            return layout.attention_mask, position_ids
-        return backbone_mask(self.rule, layout, num_queries, cache, config), position_ids
+            return layout.attention_mask
+        return backbone_mask(self.rule, layout, num_queries, cache, config)
 
     def forward(
         self,
@@ -238,7 +235,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             input_ids: int64 [B, Q], media tokens in place.
             layout: [B, L, K] of every token so far; the last Q are `input_ids`. Without one, all tokens are text.
             pixel_values: [B, M, ...]: the images or frames of each row.
-            attention_mask: without a layout, the padding mask [B, L]; or a mask made by `masks_and_positions`.
+            attention_mask: without a layout, the padding mask [B, L]; or a mask made by `mask`.
             position_ids: [B, Q]; the scheme's if None.
             inputs_embeds: [B, Q, D] instead of what `embed` gives.
             labels: int64 [B, Q], -100 where there is no loss; the next-token shift happens here.
@@ -258,8 +255,8 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             )
         if layout is not None:
             layout = layout if isinstance(layout, TokenLayout) else TokenLayout(layout)
-            attention_mask, own_positions = self.masks_and_positions(layout, num_queries, cache)
-            position_ids = own_positions if position_ids is None else position_ids
+            attention_mask = self.mask(layout, num_queries, cache)
+            position_ids = self.scheme(layout)[:, -num_queries:] if position_ids is None else position_ids
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, None if layout is None else layout[-num_queries:], pixel_values)
         outputs = self.language_model(
@@ -416,7 +413,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         if guessed > 0:
             so_far = so_far.with_answer(guessed)
             inputs["position_ids"] = self._extended(kwargs["position_ids"], layout, guessed)[:, -num_queries:]
-        inputs["attention_mask"], _ = self.masks_and_positions(so_far, num_queries, cache)
+        inputs["attention_mask"] = self.mask(so_far, num_queries, cache)
         if past == 0:
             inputs["layout"] = so_far.data
         else:

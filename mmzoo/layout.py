@@ -121,22 +121,18 @@ class TokenLayout:
         return torch.nn.functional.pad(changed.long().cumsum(1), (1, 0))
 
     def with_answer(self, count: int = 1) -> TokenLayout:
-        """The layout with `count` generated text tokens appended to every sample's end."""
-        place = torch.where(self.valid, torch.arange(len(self), device=self.data.device), 0).amax(1)
-        last = self.data[torch.arange(len(place), device=place.device), place][:, None]
-        new = TokenLayout(last.repeat(1, count, 1))
-        is_answer = (new.modality == Modality.TEXT) & (new.role == Role.ANSWER)
-        new = new.field("segment", torch.where(is_answer, new.segment, new.segment + 1))
-        new = new.field("index", torch.arange(len(self), len(self) + count, device=place.device) + self.index[:, :1])
-        for name, value in {
-            "modality": Modality.TEXT,
-            "role": Role.ANSWER,
-            "frame": -1,
-            "row": -1,
-            "column": -1,
-        }.items():
-            new = new.field(name, torch.full_like(new.index, value))
-        return TokenLayout(torch.cat([self.data, new.data], 1))
+        """The layout with `count` generated text tokens appended, in the sample of each row's last token."""
+        places = torch.arange(len(self) + count, device=self.data.device)
+        end = torch.where(self.valid, places[: len(self)], 0).amax(1)
+        last = self.data.gather(1, end[:, None, None].expand(-1, 1, len(FIELDS)))
+        new = last.repeat(1, count, 1)
+        fields = {name: new[..., i] for i, name in enumerate(FIELDS)}  # views
+        fields["index"][:] = places[len(self) :] + self.index[:, :1]
+        fields["segment"] += ((fields["modality"] != Modality.TEXT) | (fields["role"] != Role.ANSWER)).int()
+        fields["modality"].fill_(Modality.TEXT)
+        fields["role"].fill_(Role.ANSWER)
+        new[..., FIELDS.index("frame") :] = -1  # frame, row and column
+        return TokenLayout(torch.cat([self.data, new], 1))
 
     def padded_to(self, length: int) -> TokenLayout:
         """The layout padded on the right to `length` tokens, as the slots of a static cache are."""

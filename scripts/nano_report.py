@@ -49,10 +49,10 @@ rule of the world, and answers questions about them worse than blind.
 
 ## What the connector costs, and what it is worth to see
 
-*Uncompressed*: the same recipe with one token a patch (16 instead of 6 tokens a frame, no resampler) and 5,000 instead of
-7,000 steps of questions. Its tokens are not told where things are in the first stage, which the resampled ones are; that
-may be why it does not learn directions. *Text only*: the pixels hidden, 1,500 steps. One seed each, so small differences
-mean nothing.
+*Uncompressed*: the same recipe with one token a patch (16 instead of 6 tokens a frame, no resampler) and 5,000 instead
+of 7,000 steps of questions. Its tokens are not told where things are in the first stage, which the resampled ones are;
+that may be why it does not learn directions. *Text only*: the pixels hidden, 1,500 steps. One seed each, so small
+differences mean nothing.
 
 {beside}
 """
