@@ -18,7 +18,8 @@ import mmzoo
 from mmzoo.errors import InputError, MissingExtra, MmzooError
 
 if TYPE_CHECKING:
-    from mmzoo.language import Answer, MultimodalLM
+    from mmzoo.asking import Answer
+    from mmzoo.language import MultimodalLM
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -9,19 +9,14 @@ Shape legend: B batch, L tokens, K layout fields, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BatchFeature,
     Cache,
     GenerationMixin,
     PreTrainedConfig,
@@ -30,13 +25,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmzoo import masks, positions
+from mmzoo.asking import Asking
 from mmzoo.attention.compiler import prefill_cuts
-from mmzoo.attention.maps import AttentionMaps
 from mmzoo.attention.transformers import IMPLEMENTATIONS, backbone_mask, implementation
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import TokenLayout, batch, lay_out, text
-from mmzoo.media import Video, read_image, read_video
-from mmzoo.processing import is_image
 
 CACHE = (
     "cache"
@@ -77,27 +70,7 @@ class MultimodalConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model said.
-
-    Attributes:
-        text: the answer.
-        confidence: geometric mean of the probabilities of its tokens, the end token included.
-        layout: of the prompt; for drawing the mask.
-        video: the frames that were read, with decoder and version; None for an image.
-    """
-
-    text: str
-    confidence: float
-    layout: TokenLayout
-    video: Video | None = None
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class MultimodalLM(PreTrainedModel, GenerationMixin):
+class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
     """Base of the understanding models. A family adds its encoder and connector and overrides `embed`.
 
     `forward` and `generate` take the ids with every media token in place, and the batch's layout [B, L, K].
@@ -109,7 +82,6 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
-    processor: Any = None
 
     def __init__(self, config: MultimodalConfig):
         super().__init__(config)
@@ -127,6 +99,11 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
         """Tokens [N, V, D] of N images or frames [N, ...]: the family's encoder and connector."""
         raise NotImplementedError
+
+    def patch_weights(self, pixel_values: Tensor) -> Tensor:
+        """float [N, V, P]: how much each visual token takes from each patch. Here: one token a patch."""
+        count, tokens = self.visual_tokens(pixel_values).shape[:2]
+        return torch.eye(tokens, device=pixel_values.device).expand(count, -1, -1)
 
     def embed(self, input_ids: Tensor, layout: TokenLayout | None, pixel_values: Tensor | None = None) -> Tensor:
         """Embeddings [B, Q, D] of the tokens, media in their places.
@@ -302,80 +279,6 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = self.scheme(layout)
         return super().generate(input_ids, layout=layout.data, **kwargs)
-
-    def patch_weights(self, pixel_values: Tensor) -> Tensor:
-        """float [N, V, P]: how much each visual token takes from each patch. Here: one token a patch."""
-        count, tokens = self.visual_tokens(pixel_values).shape[:2]
-        return torch.eye(tokens, device=pixel_values.device).expand(count, -1, -1)
-
-    def ask(self, source: Any, question: str, *, max_new_tokens: int = 64, deadline: float = 60.0) -> Answer:
-        """Answer a question about an image or a video.
-
-        Args:
-            source: an image (path or PIL image), or a video: anything `read_video` takes.
-            question: plain text.
-            max_new_tokens: at most this many.
-            deadline: seconds after which a video that cannot be read is given up.
-
-        Raises:
-            InputError: the model has no processor.
-            VideoReadError: the video cannot be read.
-        """
-        inputs, media = self._asked(source, question, deadline)
-        return self._answered(inputs, media, max_new_tokens)[0]
-
-    def attend(self, source: Any, question: str, *, max_new_tokens: int = 64, deadline: float = 60.0) -> AttentionMaps:
-        """Ask, and say where the answer looked: the weights of every layer and head, through the same rule.
-
-        Arguments and errors are those of `ask`. The weights come from a second pass on the eager backend.
-        """
-        inputs, media = self._asked(source, question, deadline)
-        answer, tokens = self._answered(inputs, media, max_new_tokens)
-        layout = TokenLayout(inputs["layout"])
-        told = layout if len(tokens) == 1 else layout.with_answer(len(tokens) - 1)
-        ids = torch.cat([inputs["input_ids"], tokens[None, :-1]], 1)
-        pixels = inputs["pixel_values"]
-        with torch.no_grad(), self._eager():
-            outputs = self(ids, told, pixels, output_attentions=True)
-            patches = self.patch_weights(pixels[0].to(self.dtype))
-        rows = torch.stack([layer[0, :, len(layout) - 1 :] for layer in outputs.attentions])
-        frames = media["video"].frames if "video" in media else np.asarray(read_image(media["image"]))[None]
-        words = [self.processor.tokenizer.decode(token) for token in tokens]
-        return AttentionMaps(answer, words, rows.float().cpu(), told.to("cpu"), patches.float().cpu(), frames)
-
-    @contextmanager
-    def _eager(self) -> Iterator[None]:
-        before = self.language_model.config._attn_implementation
-        self.set_attention("eager")
-        try:
-            yield
-        finally:
-            self.set_attn_implementation(before)
-
-    def _asked(self, source: Any, question: str, deadline: float) -> tuple[BatchFeature, dict[str, Any]]:
-        if self.processor is None:
-            raise InputError("This model has no processor. Load it by name, or set model.processor.")
-        media: dict[str, Any] = {"image": source}
-        if not is_image(source):
-            media = {"video": read_video(source, num_frames=self.processor.num_frames, deadline=deadline)}
-        return self.processor.ask(question, **media).to(self.device), media
-
-    @torch.no_grad()
-    def _answered(self, inputs: BatchFeature, media: dict[str, Any], max_new_tokens: int) -> tuple[Answer, Tensor]:
-        """The answer and its tokens [A], the end token included."""
-        outputs = self.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
-        chosen = torch.stack(outputs.logits, 1)[0].float().log_softmax(-1).gather(1, tokens[:, None])
-        said = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        layout = TokenLayout(inputs["layout"].cpu())
-        return Answer(said, float(chosen.mean().exp()), layout, media.get("video")), tokens
 
     def _check_prefill_chunks(self, layout: TokenLayout, kwargs: dict[str, Any]) -> None:
         options = kwargs.get("generation_config") or self.generation_config

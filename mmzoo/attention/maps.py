@@ -20,7 +20,7 @@ from mmzoo.files import replacing
 from mmzoo.layout import TokenLayout
 
 if TYPE_CHECKING:
-    from mmzoo.language import Answer
+    from mmzoo.asking import Answer
 
 
 @dataclass(frozen=True)
