@@ -165,7 +165,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         return self.language_model.get_decoder()
 
     def set_attention(self, attention: str) -> None:
-        """Choose the backend, "sdpa" or "eager".
+        """Choose the backend by its name in `mmzoo.attention.BACKENDS`.
 
         Raises:
             UnsupportedMask: the backend cannot express this model's rule.
@@ -316,10 +316,10 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         if guessed > 0:
             so_far = so_far.with_answer(guessed)
             inputs["position_ids"] = self._extended(kwargs["position_ids"], layout, guessed)[:, -num_queries:]
-        inputs["attention_mask"] = self.mask(so_far, num_queries, cache)
-        if past == 0:
+        if past == 0:  # `forward` needs the layout to place media, and makes the mask from it
             inputs["layout"] = so_far.data
         else:
+            inputs["attention_mask"] = self.mask(so_far, num_queries, cache)
             inputs.pop("pixel_values", None)
         return inputs
 

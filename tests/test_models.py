@@ -127,7 +127,9 @@ def test_batch_equals_singles(name: str, padding_side: str) -> None:
         torch.testing.assert_close(logits[i][layout.valid[i]], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
+)
 @pytest.mark.parametrize("name", SMALL)
 def test_batch_answers_as_its_samples_do(name: str, options: dict) -> None:
     model = a_model(name)
