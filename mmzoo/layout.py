@@ -16,7 +16,10 @@ from mmzoo.errors import InputError
 
 
 class Modality(IntEnum):
-    """What a token carries."""
+    """What a token carries.
+
+    Compare tensors with `int(Modality.TEXT)`: under torch.compile a tensor == an IntEnum is silently false.
+    """
 
     TEXT = 0
     IMAGE = 1
@@ -96,7 +99,7 @@ class TokenLayout:
     @property
     def visual(self) -> Tensor:
         """bool [B, L]: image or video tokens."""
-        return self.valid & ((self.modality == Modality.IMAGE) | (self.modality == Modality.VIDEO))
+        return self.valid & ((self.modality == int(Modality.IMAGE)) | (self.modality == int(Modality.VIDEO)))
 
     @property
     def attention_mask(self) -> Tensor:
@@ -128,9 +131,9 @@ class TokenLayout:
         new = last.repeat(1, count, 1)
         fields = {name: new[..., i] for i, name in enumerate(FIELDS)}  # views
         fields["index"][:] = places[len(self) :] + self.index[:, :1]
-        fields["segment"] += ((fields["modality"] != Modality.TEXT) | (fields["role"] != Role.ANSWER)).int()
-        fields["modality"].fill_(Modality.TEXT)
-        fields["role"].fill_(Role.ANSWER)
+        fields["segment"] += ((fields["modality"] != int(Modality.TEXT)) | (fields["role"] != int(Role.ANSWER))).int()
+        fields["modality"].fill_(int(Modality.TEXT))
+        fields["role"].fill_(int(Role.ANSWER))
         new[..., FIELDS.index("frame") :] = -1  # frame, row and column
         return TokenLayout(torch.cat([self.data, new], 1))
 

@@ -70,7 +70,7 @@ def concentric_position(layout: TokenLayout) -> Tensor:
         InputError: a visual token has no place on a grid (resampled tokens have none).
     """
     visual = layout.visual
-    if bool((visual & ((layout.row < 0) | (layout.column < 0))).any()):
+    if not torch.compiler.is_compiling() and bool((visual & ((layout.row < 0) | (layout.column < 0))).any()):
         raise InputError("Concentric positions need visual tokens on a patch grid; these have no row and column.")
     run = layout.runs("sample", "segment", "frame")
     ring, ring_count = _rings_of_runs(layout, run)

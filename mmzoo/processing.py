@@ -248,5 +248,5 @@ def _stack(pixels: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def answer_labels(input_ids: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     """int64 [B, L]: the ids of answer text, -100 on prompts, media and padding."""
-    trained = layout.valid & (layout.role == Role.ANSWER) & (layout.modality == Modality.TEXT)
+    trained = layout.valid & (layout.role == int(Role.ANSWER)) & (layout.modality == int(Modality.TEXT))
     return torch.where(trained, input_ids, -100)

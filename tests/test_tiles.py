@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from mmzoo import masks
-from mmzoo.attention import attend, backends, compact
+from mmzoo.attention import allowed, attend, backends, compact
 from mmzoo.attention import transformers as plug
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import Role, TokenLayout, batch, image, lay_out, pack, text, video
@@ -104,6 +104,15 @@ def test_a_block_mask_holds_what_the_dense_mask_holds(name: str, data: st.DataOb
     assert torch.equal(rebuilt, dense)
     by_key = blocks.q_num_blocks.sum() + blocks.full_q_num_blocks.sum()
     assert by_key == blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum()
+
+
+@every_rule
+def test_a_compiled_mask_is_the_same_mask(name: str) -> None:
+    rule, samples = RULES[name]
+    layout = ORDINARY if samples is MIXED else lay_out(video(9, 3, grid=False))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda data: allowed(rule, TokenLayout(data)), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(layout.data), allowed(rule, layout))
 
 
 @pytest.fixture

@@ -56,13 +56,13 @@ class Value:
 
 
 everything = Class("everything", lambda x: x.valid, holds_answers=True)
-text = Class("text", lambda x: x.valid & (x.modality == Modality.TEXT), holds_answers=True)
+text = Class("text", lambda x: x.valid & (x.modality == int(Modality.TEXT)), holds_answers=True)
 visual = Class("visual", lambda x: x.visual)
-prompt = Class("prompt", lambda x: x.valid & (x.role == Role.PROMPT))
-answer = Class("answer", lambda x: x.valid & (x.role == Role.ANSWER), holds_answers=True)
+prompt = Class("prompt", lambda x: x.valid & (x.role == int(Role.PROMPT)))
+answer = Class("answer", lambda x: x.valid & (x.role == int(Role.ANSWER)), holds_answers=True)
 first_prompt_text = Class(
     "text up to the first answer",
-    lambda x: x.valid & (x.modality == Modality.TEXT) & (x.role == Role.PROMPT) & (x.turn == 0),
+    lambda x: x.valid & (x.modality == int(Modality.TEXT)) & (x.role == int(Role.PROMPT)) & (x.turn == 0),
 )
 
 index = Value("index", lambda x: x.index, grows=True)
