@@ -229,3 +229,69 @@ def test_a_missing_package_names_its_extra(
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(MissingExtra, match=rf"mmzoo\[{extra}\]"):
         mmzoo.create("aki-tiny", vision_config=tower)
+
+
+def _released_tensors() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the released checkpoint, as its specification lists them."""
+    d, wide, llm, heads = 1152, 4304, 3072, 512
+
+    def linear(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    def norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+    vision: dict[str, tuple[int, ...]] = {
+        "embeddings.patch_embedding.weight": (d, 3, 14, 14),
+        "embeddings.patch_embedding.bias": (d,),
+        "embeddings.position_embedding.weight": (729, d),
+        **norm("post_layernorm", d),
+        "head.probe": (1, 1, d),
+        "head.attention.in_proj_weight": (3 * d, d),
+        "head.attention.in_proj_bias": (3 * d,),
+        **linear("head.attention.out_proj", d, d),
+        **norm("head.layernorm", d),
+        **linear("head.mlp.fc1", wide, d),
+        **linear("head.mlp.fc2", d, wide),
+    }
+    for n in range(27):
+        layer = f"encoder.layers.{n}"
+        for part in ("q", "k", "v", "out"):
+            vision |= linear(f"{layer}.self_attn.{part}_proj", d, d)
+        vision |= norm(f"{layer}.layer_norm1", d) | norm(f"{layer}.layer_norm2", d)
+        vision |= linear(f"{layer}.mlp.fc1", wide, d) | linear(f"{layer}.mlp.fc2", d, wide)
+    resampler: dict[str, tuple[int, ...]] = {"latents": (144, d), **linear("projection", llm, d), **norm("norm", d)}
+    for n in range(6):
+        resampler |= norm(f"layers.{n}.0.norm_media", d) | norm(f"layers.{n}.0.norm_latents", d)
+        resampler |= norm(f"layers.{n}.1.0", d)
+        resampler[f"layers.{n}.0.to_q.weight"] = (heads, d)
+        resampler[f"layers.{n}.0.to_kv.weight"] = (2 * heads, d)
+        resampler[f"layers.{n}.0.to_out.weight"] = (d, heads)
+        resampler[f"layers.{n}.1.1.weight"] = (4 * d, d)
+        resampler[f"layers.{n}.1.3.weight"] = (d, 4 * d)
+    language: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (32064, llm),
+        "model.embed_tokens.additional_embedding.weight": (2, llm),
+        "model.norm.weight": (llm,),
+        **linear("lm_head", 32064, llm),
+        **linear("lm_head.additional_fc", 2, llm),
+    }
+    for n in range(32):
+        layer = f"model.layers.{n}"
+        language[f"{layer}.self_attn.qkv_proj.weight"] = (3 * llm, llm)
+        language[f"{layer}.self_attn.o_proj.weight"] = (llm, llm)
+        language[f"{layer}.mlp.gate_up_proj.weight"] = (2 * 8192, llm)
+        language[f"{layer}.mlp.down_proj.weight"] = (llm, 8192)
+        language[f"{layer}.input_layernorm.weight"] = language[f"{layer}.post_attention_layernorm.weight"] = (llm,)
+    parts = {"vision_encoder": vision, "vision_tokenizer": resampler, "lang_model": language}
+    assert {name: len(part) for name, part in parts.items()} == {
+        "vision_encoder": 448,
+        "vision_tokenizer": 71,
+        "lang_model": 199,
+    }
+    return {f"{prefix}.{name}": shape for prefix, part in parts.items() for name, shape in part.items()}
+
+
+def test_aki_4b_has_the_names_and_shapes_of_the_release() -> None:
+    state = mmzoo.create("aki-4b", device="meta").state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == _released_tensors()
