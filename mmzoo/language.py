@@ -372,7 +372,7 @@ class LanguageModel(MultimodalLM):
 
 def _media_starts(layout: TokenLayout) -> Tensor:
     """bool [B, L]: the first token of every image and frame."""
-    run = layout.runs("segment", "frame")
+    run = layout.runs("sample", "segment", "frame")
     starts = layout.visual.clone()
     starts[:, 1:] &= run[:, 1:] != run[:, :-1]
     return starts

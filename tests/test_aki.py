@@ -14,7 +14,7 @@ from transformers import Phi3Config, SiglipVisionConfig
 
 import mmzoo
 from mmzoo.errors import CheckpointError, InputError, MissingExtra
-from mmzoo.layout import TokenLayout
+from mmzoo.layout import TokenLayout, image, lay_out, pack
 from mmzoo.models.aki import CONFIGS, SYSTEM
 from mmzoo.processing import word_tokenizer
 from mmzoo.world import VOCABULARY
@@ -158,6 +158,16 @@ def test_frames_of_one_medium_share_its_tokens() -> None:
     tokens = model.visual_tokens(pixels)
     assert tokens.shape == (2, 5, 32)
     torch.testing.assert_close(tokens, model.visual_tokens(pixels.flip(1)))
+
+
+def test_packed_images_side_by_side_are_two_images() -> None:
+    model = mmzoo.create("aki-tiny")
+    pixels = model.processor.pixels([picture(0), picture(1)])
+    alone = lay_out(image(5, grid=False))
+    ids = torch.full((1, 10), model.config.initial_tokenizer_len)
+    packed = model.embed(ids, pack([alone, alone]), pixels[None])
+    singles = [model.embed(ids[:, :5], alone, one[None, None]) for one in pixels]
+    torch.testing.assert_close(packed, torch.cat(singles, 1))
 
 
 TIMM_SIZES = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}

@@ -163,6 +163,15 @@ def test_a_recipe_runs_and_exports_a_model(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_recipe_is_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mmzoo"])
+    cli.main(["validate", "--config", "aki-nano", "--data.init_args.val_clips=2", "--data.init_args.batch_size=2"])
+    assert "val_accuracy" in capsys.readouterr().out
+
+
 def test_an_unknown_recipe_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mmzoo"])
     with pytest.raises(InputError, match="Recipes: .*aki-nano"):

@@ -9,7 +9,7 @@ Shape legend: B batch, L tokens, Q queries, K keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -174,9 +174,6 @@ class Rule:
         if self.fallback is not None:
             lines.append(f"  (a query that sees none takes the mean over {self.fallback.name!r})")
         return "\n".join(lines)
-
-    def renamed(self, name: str) -> Rule:
-        return replace(self, name=name)
 
     @property
     def decodes_causally(self) -> bool:
