@@ -96,6 +96,10 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         """The backbone: a transformers causal language model."""
         raise NotImplementedError
 
+    def patch_features(self, pixel_values: Tensor) -> Tensor:
+        """float [N, P, D] of N images or frames: what the family's connector is given."""
+        raise NotImplementedError
+
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
         """Tokens [N, V, D] of N images or frames [N, ...]: the family's encoder and connector."""
         raise NotImplementedError

@@ -252,20 +252,20 @@ def splice(
     media: Iterable[Span],
     *,
     place_id: int,
-    answer_marker_id: int | None = None,
-    turn_marker_id: int | None = None,
+    answer_marker: int | Sequence[int] | None = None,
+    turn_marker: int | Sequence[int] | None = None,
 ) -> tuple[list[int], TokenLayout]:
     """One sample's ids with each `place_id` repeated for the tokens of its medium, and the layout of the result.
 
-    Roles: text is PROMPT up to and including `answer_marker_id`; then ANSWER until `turn_marker_id`, which opens the
-    next turn. Without any answer marker all text is ANSWER (a caption: everything in it is a target).
+    Roles: text is PROMPT up to and including `answer_marker`; then ANSWER until `turn_marker`, which opens the next
+    turn. Without any answer marker all text is ANSWER (a caption: everything in it is a target).
 
     Args:
         token_ids: one sample, without padding.
         media: what stands at each place, in order.
         place_id: the id that marks one medium, such as `<image>`.
-        answer_marker_id: the id after which the model speaks, such as `<|assistant|>`.
-        turn_marker_id: the id after which the user speaks again, such as `<|user|>`.
+        answer_marker: the id, or the ids in a row, after which the model speaks, such as `<|assistant|>`.
+        turn_marker: the id, or the ids in a row, with which the user speaks again, such as `<|user|>`.
 
     Raises:
         InputError: the number of places is not the number of media.
@@ -277,20 +277,27 @@ def splice(
             f"The text has {places} media places (token id {place_id}), but {len(media)} media were given. "
             "Give one medium for each place."
         )
-    role = Role.PROMPT if answer_marker_id in token_ids else Role.ANSWER
+    answers, turns = _found(token_ids, answer_marker, end=True), _found(token_ids, turn_marker)
+    role = Role.PROMPT if answers else Role.ANSWER
     turn, ids, spans, remaining = 0, [], [], iter(media)
-    for token in token_ids:
+    for i, token in enumerate(token_ids):
+        role = Role.ANSWER if i in answers else role
         if token == place_id:
             spans.append(replace(next(remaining), turn=turn))
             ids.extend([token] * len(spans[-1]))
             continue
-        if token == turn_marker_id and role == Role.ANSWER and answer_marker_id in token_ids:
+        if i in turns and role == Role.ANSWER and answers:
             role, turn = Role.PROMPT, turn + 1
         if spans and spans[-1].modality == Modality.TEXT and (spans[-1].role, spans[-1].turn) == (role, turn):
             spans[-1] = text(len(spans[-1]) + 1, role, turn)
         else:
             spans.append(text(1, role, turn))
         ids.append(token)
-        if token == answer_marker_id:
-            role = Role.ANSWER
     return ids, lay_out(*spans)
+
+
+def _found(token_ids: Sequence[int], marker: int | Sequence[int] | None, end: bool = False) -> set[int]:
+    """Where the marker stands: its first places, or the places after its last."""
+    wanted = [] if marker is None else [marker] if isinstance(marker, int) else list(marker)
+    size, ids = len(wanted), list(token_ids)
+    return {i + size * end for i in range(len(ids) - size + 1) if size and ids[i : i + size] == wanted}

@@ -30,10 +30,10 @@ class MultimodalProcessor(ProcessorMixin):
 
     Args:
         image_processor: a transformers image processor.
-        tokenizer: a transformers tokenizer that knows `<image>` and the markers as single tokens.
+        tokenizer: a transformers tokenizer that knows `<image>` as a single token.
         num_frames: frames taken from a clip.
-        answer_marker: the token after which the model speaks.
-        turn_marker: the token after which the user speaks again.
+        answer_marker: the text after which the model speaks.
+        turn_marker: the text with which the user speaks again.
     """
 
     def __init__(
@@ -60,9 +60,19 @@ class MultimodalProcessor(ProcessorMixin):
         """The tokens of one image, from its pixels [C, H, W]."""
         raise NotImplementedError
 
+    def spans(self, pixels: torch.Tensor, modality: Modality) -> list[Span]:
+        """The tokens of one medium, from its pixels [F, C, H, W]. Here every frame of a clip stands as one image."""
+        return [self.image_span(frame) for frame in pixels]
+
     def prompt(self, question: str, media: str = "") -> str:
         """The text that puts a question; `media` holds the places of what it is about."""
         raise NotImplementedError
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
+        """The ids of one sample's text, with one `<image>` for each span."""
+        return self.tokenizer(
+            text, add_special_tokens=add_special_tokens, truncation=max_length is not None, max_length=max_length
+        )["input_ids"]
 
     def __call__(
         self,
@@ -99,18 +109,12 @@ class MultimodalProcessor(ProcessorMixin):
         videos_of = self._per_sample(videos, isinstance(text, str), len(texts), "videos")
         ids, layouts, pixels = [], [], []
         for sample_text, sample_images, sample_videos in zip(texts, images_of, videos_of, strict=True):
-            frames, expanded = self._media_in_order(sample_text, sample_images, sample_videos)
-            tokens = self.tokenizer(
-                expanded,
-                add_special_tokens=add_special_tokens,
-                truncation=max_length is not None,
-                max_length=max_length,
-            )["input_ids"]
-            sample_pixels = self.pixels(frames)
-            sample_ids, layout = self.lay_out(tokens, [self.image_span(image) for image in sample_pixels])
+            media, spans, expanded = self._media_in_order(sample_text, sample_images, sample_videos)
+            tokens = self.encode(expanded, add_special_tokens=add_special_tokens, max_length=max_length)
+            sample_ids, layout = self.lay_out(tokens, spans)
             ids.append(sample_ids)
             layouts.append(layout)
-            pixels.append(sample_pixels)
+            pixels.append(media)
         return self.collate(ids, layouts, pixels, padding_side=padding_side, labels=labels)
 
     def ask(self, question: str, *, image: Any = None, video: Any = None) -> BatchFeature:
@@ -124,38 +128,39 @@ class MultimodalProcessor(ProcessorMixin):
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """float32 [M, C, H, W]: converted to RGB first, then resized and normalised by the image processor."""
-        if not images:
-            return torch.zeros(0)
         rgb = [image.convert("RGB") for image in images]
         return self.image_processor(rgb, return_tensors="pt")["pixel_values"]
 
     def lay_out(self, tokens: Sequence[int], media: Sequence[Span]) -> tuple[list[int], TokenLayout]:
         """Ids with media tokens in place, and their layout [1, L, K]."""
-        to_id = self.tokenizer.convert_tokens_to_ids
         return splice(
             tokens,
             media,
-            place_id=to_id(IMAGE),
-            answer_marker_id=to_id(self.answer_marker),
-            turn_marker_id=to_id(self.turn_marker),
+            place_id=self.tokenizer.convert_tokens_to_ids(IMAGE),
+            answer_marker=self.marker_ids(self.answer_marker),
+            turn_marker=self.marker_ids(self.turn_marker),
         )
+
+    def marker_ids(self, marker: str) -> list[int]:
+        """The ids in a row by which a marker is known in an encoded text."""
+        return self.tokenizer(marker, add_special_tokens=False)["input_ids"]
 
     def collate(
         self,
         ids: Sequence[Sequence[int]],
         layouts: Sequence[TokenLayout],
-        pixels: Sequence[torch.Tensor],
+        pixels: Sequence[Sequence[torch.Tensor]],
         *,
         padding_side: str = "left",
         labels: bool = False,
     ) -> BatchFeature:
-        """Samples as one batch; everything is padded on the same side."""
+        """Samples as one batch, padded on one side; `pixels` holds the media [F, C, H, W] of every sample in order."""
         layout = batch(layouts, padding_side)
         input_ids = torch.full(layout.sample.shape, self.tokenizer.pad_token_id)
         input_ids[layout.valid] = torch.tensor([token for sample in ids for token in sample], dtype=torch.long)
         data = {"input_ids": input_ids, "attention_mask": layout.attention_mask, "layout": layout.data}
-        if any(len(sample) for sample in pixels):
-            data["pixel_values"] = _stack(pixels)
+        if any(pixels):
+            data["pixel_values"] = _stack([torch.cat(list(media)) if media else torch.zeros(0) for media in pixels])
         if labels:
             data["labels"] = answer_labels(input_ids, layout)
         return BatchFeature(data)
@@ -168,26 +173,29 @@ class MultimodalProcessor(ProcessorMixin):
             raise InputError(f"{count} texts need {count} lists of {name}, got {len(nested)}.")
         return nested
 
-    def _media_in_order(self, text: str, images: list[Any], videos: list[Any]) -> tuple[list[Image.Image], str]:
-        """The images of a sample in the order of their places, and its text with `<image>` for every frame."""
+    def _media_in_order(
+        self, text: str, images: list[Any], videos: list[Any]
+    ) -> tuple[list[torch.Tensor], list[Span], str]:
+        """Pixels [F, C, H, W] and spans of a sample's media in order, and its text with `<image>` for every span."""
         for place, media in ((IMAGE, images), (VIDEO, videos)):
             if text.count(place) != len(media):
                 raise InputError(
                     f"The text has {text.count(place)} {place} places, but {len(media)} were given. "
                     f"Write {place} once for each, and give one for each place."
                 )
-        clips = [self._frames(video) for video in videos]
-        parts, frames = [], []
-        remaining_images, remaining_clips = iter(images), iter(clips)
+        frames_of = {
+            IMAGE: iter([[read_image(image)] for image in images]),
+            VIDEO: iter([self._frames(video) for video in videos]),
+        }
+        pixels, spans, expanded = [], [], []
         for piece in _split_at_places(text):
-            if piece == IMAGE:
-                frames.append(read_image(next(remaining_images)))
-            elif piece == VIDEO:
-                clip = next(remaining_clips)
-                frames.extend(clip)
-                piece = IMAGE * len(clip)
-            parts.append(piece)
-        return frames, "".join(parts)
+            if piece in frames_of:
+                pixels.append(self.pixels(next(frames_of[piece])))
+                standing = self.spans(pixels[-1], Modality.VIDEO if piece == VIDEO else Modality.IMAGE)
+                spans += standing
+                piece = IMAGE * len(standing)
+            expanded.append(piece)
+        return pixels, spans, "".join(expanded)
 
     def _frames(self, video: Any) -> list[Image.Image]:
         clip = video if isinstance(video, Video) else read_video(video, num_frames=self.num_frames)

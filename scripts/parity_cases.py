@@ -213,8 +213,8 @@ def _spliced(case: Case, prefix: str) -> tuple[list[list[int]], TokenLayout]:
             row[valid].tolist(),
             [image(config["num_vision_tokens"], grid=False)] * int((row == config["media_token_id"]).sum()),
             place_id=config["media_token_id"],
-            answer_marker_id=config["assistant_token_id"],
-            turn_marker_id=config.get("user_token_id"),
+            answer_marker=config["assistant_token_id"],
+            turn_marker=config.get("user_token_id"),
         )
         for row, valid in zip(ids, mask, strict=True)
     ]

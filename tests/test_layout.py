@@ -224,7 +224,7 @@ USER, ASSISTANT, PLACE = 90, 91, 92
 
 
 def spliced(ids: list[int], media: list[Span]) -> tuple[list[int], TokenLayout]:
-    return splice(ids, media, place_id=PLACE, answer_marker_id=ASSISTANT, turn_marker_id=USER)
+    return splice(ids, media, place_id=PLACE, answer_marker=ASSISTANT, turn_marker=USER)
 
 
 def test_a_place_becomes_the_tokens_of_its_medium() -> None:
@@ -275,7 +275,7 @@ def test_a_caption_without_a_marker_is_all_answer() -> None:
 
 
 def test_without_a_turn_marker_everything_after_the_first_answer_marker_is_answer() -> None:
-    _, layout = splice([1, ASSISTANT, 2, USER, 3, ASSISTANT, 4], [], place_id=PLACE, answer_marker_id=ASSISTANT)
+    _, layout = splice([1, ASSISTANT, 2, USER, 3, ASSISTANT, 4], [], place_id=PLACE, answer_marker=ASSISTANT)
     assert column(layout, "role") == [PROMPT] * 2 + [ANSWER] * 5
 
 

@@ -1,7 +1,6 @@
 """Vision encoders from transformers, timm and open_clip behind one call.
 
-Every encoder maps pixel_values [N, 3, H, W] to an output whose `last_hidden_state` [N, P, D] holds the patch features
-after the last norm, in raster order, without class tokens. Anything else (pooling heads) is unused.
+`patch_features` gives the features [N, P, D] of pixel_values [N, 3, H, W] in raster order. Pooling heads are unused.
 """
 
 from __future__ import annotations
@@ -10,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmzoo.errors import InputError, MissingExtra
@@ -65,13 +71,40 @@ def build_vision_encoder(config: PreTrainedConfig) -> tuple[nn.Module, int]:
     """
     if isinstance(config, SiglipVisionConfig):
         return SiglipVisionModel(config), config.hidden_size
+    if isinstance(config, CLIPVisionConfig):
+        return CLIPVisionModel(config), config.hidden_size
     if isinstance(config, NamedVisionConfig) and config.library in ("timm", "open_clip"):
         encoder = TimmEncoder(config) if config.library == "timm" else OpenClipEncoder(config)
         config.image_size = config.image_size or encoder.image_size
         return encoder, encoder.dim
     raise InputError(
-        f"No vision encoder for {config.model_type!r}. Use a SigLIP config, or a name 'timm:...' or 'open_clip:...'."
+        f"No vision encoder for {config.model_type!r}. Use a SigLIP or CLIP config, or a name 'timm:...' or "
+        "'open_clip:...'."
     )
+
+
+def patch_features(
+    encoder: nn.Module, pixel_values: Tensor, layer: int | None = None, *, class_token: bool = False
+) -> Tensor:
+    """Features [N, P, D] of images [N, 3, H, W].
+
+    Args:
+        encoder: made by `build_vision_encoder`.
+        pixel_values: normalised as the encoder wants them.
+        layer: index into the hidden states, 0 being the embeddings; -2 is the output of the last layer but one. None is
+            the encoder's output: after the last norm, where the library gives it so (transformers' CLIP does not).
+        class_token: keep CLIP's class token, as the first patch.
+
+    Raises:
+        InputError: a layer of a timm or open_clip tower, which give their output only.
+    """
+    if layer is None:
+        features = encoder(pixel_values).last_hidden_state
+    elif isinstance(encoder, (SiglipVisionModel, CLIPVisionModel)):
+        features = encoder(pixel_values, output_hidden_states=True).hidden_states[layer]
+    else:
+        raise InputError(f"{type(encoder).__name__} gives its output only, no layer {layer}. Use a transformers tower.")
+    return features[:, 1:] if isinstance(encoder, CLIPVisionModel) and not class_token else features
 
 
 class TimmEncoder(nn.Module):

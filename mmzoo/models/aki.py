@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from mmzoo.connectors.perceiver import PerceiverResampler
-from mmzoo.encoders.vision import as_vision_config, build_vision_encoder
+from mmzoo.encoders.vision import as_vision_config, build_vision_encoder, patch_features
 from mmzoo.errors import CheckpointError, InputError
 from mmzoo.language import MultimodalConfig, MultimodalLM
 from mmzoo.layout import Span, image
@@ -135,16 +135,18 @@ class AKI(MultimodalLM):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
+    def patch_features(self, pixel_values: Tensor) -> Tensor:
+        return patch_features(self.vision_encoder, pixel_values)
+
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
         """[N, V, D] of images [N, C, H, W], or of media of F frames [N, F, C, H, W] whose patches are joined."""
-        frames = pixel_values.flatten(0, -4)
-        patches = self.vision_encoder(frames).last_hidden_state
+        patches = self.patch_features(pixel_values.flatten(0, -4))
         return self.vision_tokenizer(patches.unflatten(0, (len(pixel_values), -1)).flatten(1, 2))
 
     def patch_weights(self, pixel_values: Tensor) -> Tensor:
         if self.config.connector != "perceiver":
             return super().patch_weights(pixel_values)
-        return self.vision_tokenizer.patch_weights(self.vision_encoder(pixel_values).last_hidden_state)
+        return self.vision_tokenizer.patch_weights(self.patch_features(pixel_values))
 
 
 def _connector(config: AKIConfig, width: int) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import mmzoo
-from mmzoo.layout import TokenLayout
+from mmzoo.layout import Modality, TokenLayout
 from mmzoo.processing import IMAGE, MultimodalProcessor
 from mmzoo.world import COLOURS, QUESTION_KINDS, SHAPES, Clip, Question, make_clip
 
@@ -36,6 +36,7 @@ class QuestionBatches(IterableDataset):
 
     def __init__(self, processor: MultimodalProcessor, data: WorldData, split: str, clips: int | None = None):
         self.processor, self.data, self.split, self.clips = processor, data, split, clips
+        self.spans = processor.spans(torch.zeros(data.num_frames, 3, data.size, data.size), Modality.VIDEO)
         self._layouts: dict[tuple[int, ...], tuple[list[int], TokenLayout]] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -100,13 +101,12 @@ class QuestionBatches(IterableDataset):
 
     def row(self, question: Question) -> tuple[list[int], TokenLayout]:
         """Ids with a place for every visual token, and their layout; layouts of the same shape are made once."""
-        text = self.processor.prompt(question.text, IMAGE * self.data.num_frames) + question.answer
+        text = self.processor.prompt(question.text, IMAGE * len(self.spans)) + question.answer
         tokens = self.processor.tokenizer(text)["input_ids"] + [self.processor.tokenizer.eos_token_id]
         markers = set(self.processor.tokenizer.get_added_vocab().values())
         shape = tuple(token if token in markers else -1 for token in tokens)
         if shape not in self._layouts:
-            pixels = torch.zeros(self.data.num_frames, 3, 1, 1)
-            self._layouts[shape] = self.processor.lay_out(tokens, [self.processor.image_span(x) for x in pixels])
+            self._layouts[shape] = self.processor.lay_out(tokens, self.spans)
         template, layout = self._layouts[shape]
         words = iter([token for token in tokens if token not in markers])
         return [token if token in markers else next(words) for token in template], layout
@@ -275,7 +275,7 @@ class WorldQuestions(lightning.LightningModule):
         return torch.zeros_like(pixels) if self.blind else pixels
 
     def describing_loss(self, batch: dict[str, Any]) -> Tensor:
-        patches = self.model.vision_encoder(self.pixels(batch)).last_hidden_state
+        patches = self.model.patch_features(self.pixels(batch))
         tokens = self.model.vision_tokenizer(patches)
         return self.description.loss(patches, tokens, batch["looks"], batch["places"])
 
