@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmzoo import masks, positions
 from mmzoo.asking import Asking
 from mmzoo.attention.compiler import prefill_cuts
-from mmzoo.attention.transformers import IMPLEMENTATIONS, backbone_mask, implementation
+from mmzoo.attention.transformers import IMPLEMENTATIONS, backbone_mask, implementation, passed_on
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import TokenLayout, batch, lay_out, text
 
@@ -172,9 +172,12 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         """Choose the backend by its name in `mmzoo.attention.BACKENDS`.
 
         Raises:
-            UnsupportedMask: the backend cannot express this model's rule.
+            UnsupportedMask: the backend cannot express this model's rule, or has no kernel for its heads.
+            MissingExtra: its package is not installed.
         """
-        self.language_model.set_attn_implementation(implementation(attention, self.rule, self.device))
+        text = self.language_model.config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.language_model.set_attn_implementation(implementation(attention, self.rule, self.device, head_dim))
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
         """transformers' name for `set_attention`; a backend that would drop the mask is refused."""
@@ -242,10 +245,10 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             inputs_embeds = self.embed(input_ids, None if layout is None else layout[-num_queries:], pixel_values)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=bool(use_cache) or cache is not None,
             logits_to_keep=logits_to_keep,
+            **passed_on(attention_mask),
             **{CACHE: cache},
             **kwargs,
         )
@@ -256,7 +259,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         self, attention_mask: Any, position_ids: Tensor | None, num_queries: int, cache: Cache | None
     ) -> bool:
         """Whether the backbone may take mask and positions as they are."""
-        if isinstance(attention_mask, dict) or (attention_mask is not None and len(attention_mask.shape) == 4):
+        if isinstance(attention_mask, (dict, tuple)) or (attention_mask is not None and len(attention_mask.shape) == 4):
             return position_ids is not None
         decoding = num_queries == 1 and cache is not None and self.rule.decodes_causally
         return decoding and position_ids is not None

@@ -119,7 +119,7 @@ def test_a_compiled_mask_is_the_same_mask(name: str) -> None:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """FlexAttention's own reference on a CPU: forward only, and not compiled, since compiled it is wrong there."""
     monkeypatch.setattr(backends, "_compiled_flex", lambda: flex_attention)
-    monkeypatch.setattr(backends.Flex, "refuses", lambda self, rule, device: None)
+    monkeypatch.setattr(backends.Flex, "refuses", lambda self, rule, device, head_dim=None: None)
     yield
 
 

@@ -5,19 +5,22 @@ Shape legend: B batch, H query heads, G key/value heads, Q queries, K keys, D he
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmzoo.attention import varlen
 from mmzoo.attention.compiler import allowed, compact
-from mmzoo.errors import InputError, UnsupportedMask
-from mmzoo.layout import TokenLayout
+from mmzoo.errors import InputError, MissingExtra, UnsupportedMask
+from mmzoo.layout import Role, TokenLayout, image, lay_out, text, video
 from mmzoo.masks.rule import Rule
+from mmzoo_kernels.masks import CompactMask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -43,47 +46,60 @@ class Mask:
 
     def blocks(self) -> BlockMask:
         """FlexAttention's block mask."""
-        return compact(self.rule, self.queries, self.keys).rows(self.rows).block_mask()
+        return self._compact().block_mask()
+
+    def calls(self) -> tuple[varlen.Call, ...]:
+        """Calls of a flash kernel."""
+        return varlen.calls(self._compact(), self.rule.name)
+
+    def _compact(self) -> CompactMask:
+        return compact(self.rule, self.queries, self.keys).rows(self.rows)
 
 
-class Backend(Protocol):
-    """What runs `softmax(scale * query key^T over the open pairs) value`."""
+class Backend:
+    """What runs `softmax(scale * query key^T over the open pairs) value`.
+
+    Attributes:
+        name: how users choose it.
+        package: what it needs besides torch.
+    """
 
     name: str
+    package: str | None = None
 
-    def refuses(self, rule: Rule, device: torch.device) -> str | None:
-        """Why this backend cannot express the rule there, or None."""
+    def refuses(self, rule: Rule, device: torch.device, head_dim: int | None = None) -> str | None:
+        """Why this backend cannot express the rule there, with heads of that size, or None."""
+        return None
+
+    def pairs(self, mask: Mask) -> Tensor:
+        """bool [B, Q, K]: what is open in the form of the mask that this backend is handed."""
+        return mask.dense()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         """[B, H, Q, D] from query [B, H, Q, D], key and value [B, G, K, D]."""
+        raise NotImplementedError
 
 
-class Eager:
+class Eager(Backend):
     """Softmax written out: the slow twin that every other backend is compared with."""
 
     name = "eager"
-
-    def refuses(self, rule: Rule, device: torch.device) -> str | None:
-        return None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         return eager_attention(query, key, value, mask.dense(), scale)[0]
 
 
-class SDPA:
+class SDPA(Backend):
     """torch's `scaled_dot_product_attention` with a boolean mask."""
 
     name = "sdpa"
-
-    def refuses(self, rule: Rule, device: torch.device) -> str | None:
-        return None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         grouped, dense = query.shape[1] != key.shape[1], mask.dense()[:, None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=dense, scale=scale, enable_gqa=grouped)
 
 
-class Flex:
+class Flex(Backend):
     """torch's FlexAttention, compiled, on a block mask from tile bounds; a mask_mod only, no score_mod.
 
     Generated tokens are decoded by SDPA. A recompilation limit is an error: torch would go on unfused.
@@ -91,53 +107,120 @@ class Flex:
 
     name = "flex_attention"
 
-    def refuses(self, rule: Rule, device: torch.device) -> str | None:
-        if device.type == "cpu":
-            return "FlexAttention has no backward on a CPU, and its compiled forward was seen to be wrong there"
+    def refuses(self, rule: Rule, device: torch.device, head_dim: int | None = None) -> str | None:
         if rule.function is not None:
             return "the rule is a function, and block masks are made from terms"
+        if device.type == "cpu":
+            return "FlexAttention has no backward on a CPU, and its compiled forward was seen to be wrong there"
+        if head_dim is not None and head_dim < 16:
+            return f"FlexAttention takes head dims from 16 on, not {head_dim}"
         return None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         return flex(query, key, value, mask.blocks(), scale)
 
+    def pairs(self, mask: Mask) -> Tensor:
+        from torch.nn.attention.flex_attention import create_mask
 
-class Refusing:
+        blocks, (b, q, k) = mask.blocks(), mask.dense().shape
+        inside = create_mask(blocks.mask_mod, b, 1, q, k, device=mask.queries.data.device.type)[:, 0]
+        side = blocks.BLOCK_SIZE[0]
+        visited = blocks.to_dense()[:, 0].bool().repeat_interleave(side, 1).repeat_interleave(side, 2)
+        return inside & visited[:, :q, :k]
+
+
+class Flash(Backend):
+    """A flash kernel for runs of variable length, under rules that such calls can say (`mmzoo.attention.varlen`)."""
+
+    DTYPES = (torch.float16, torch.bfloat16)
+
+    def __init__(self, name: str, kernel: varlen.Kernel, package: str | None = None):
+        self.name, self.kernel, self.package = name, kernel, package
+
+    def refuses(self, rule: Rule, device: torch.device, head_dim: int | None = None) -> str | None:
+        if rule.function is not None:
+            return "the rule is a function, and calls are made from terms"
+        try:
+            varlen.calls(compact(rule, _DIALOGUE), rule.name)
+        except UnsupportedMask as error:
+            return error.reason
+        if self.package is None and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+            return "this version of torch has no varlen_attn"
+        if device.type == "cpu":
+            return "flash attention needs a GPU"
+        if head_dim is not None and (head_dim % 8 or head_dim > 256):
+            return f"flash attention takes head dims that are multiples of 8 up to 256, not {head_dim}"
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        return self.run(query, key, value, mask.calls(), scale, mask.rule.name)
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, calls: tuple[varlen.Call, ...], scale: float, rule: str = "any"
+    ) -> Tensor:
+        """[B, H, Q, D] from calls made beforehand, once for all layers."""
+        if query.dtype not in self.DTYPES:
+            reason = f"flash attention takes float16 and bfloat16, not {query.dtype}"
+            raise UnsupportedMask(self.name, rule, reason, WORKING)
+        return varlen.attend_by_calls(query, key, value, calls, scale, self.kernel)
+
+    def pairs(self, mask: Mask) -> Tensor:
+        return varlen.opened(mask.calls(), mask.dense().shape)
+
+
+class Refusing(Backend):
     """A backend of transformers that would drop the mask."""
 
     def __init__(self, name: str, reason: str):
         self.name, self.reason = name, reason
 
-    def refuses(self, rule: Rule, device: torch.device) -> str | None:
+    def refuses(self, rule: Rule, device: torch.device, head_dim: int | None = None) -> str | None:
         return self.reason
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         raise UnsupportedMask(self.name, mask.rule.name, self.reason, WORKING)
 
 
-_DROPS = "transformers drops every mask but padding under flash attention"
+_DIALOGUE = lay_out(
+    text(2), video(2, 2, 2), text(2), image(2, 2), text(2, Role.ANSWER), text(1, turn=1), text(1, Role.ANSWER, 1)
+)
+"""What a rule is tried on before it is promised that flash calls can say it."""
+
 _ALL: list[Backend] = [
     Eager(),
     SDPA(),
     Flex(),
-    *(Refusing(f"flash_attention_{version}", _DROPS) for version in (2, 3, 4)),
+    Flash("varlen", varlen.torch_varlen),
+    Flash("flash_attention_2", varlen.flash_attn_2, "flash_attn"),
+    Flash("flash_attention_3", varlen.flash_attn_3, "flash_attn_interface"),
+    Refusing("flash_attention_4", "transformers drops every mask but padding there, and mmzoo does not drive it"),
 ]
 BACKENDS = {backend.name: backend for backend in _ALL}
 
 
-def backend(name: str, *rules: Rule, device: torch.device | str = "cpu") -> Backend:
-    """A backend by name that can express all the given rules on that device.
+def missing_package(name: str) -> str | None:
+    """The package that a backend needs and that is not installed. Nothing is imported."""
+    package = BACKENDS[name].package
+    return package if package is not None and importlib.util.find_spec(package) is None else None
+
+
+def backend(name: str, *rules: Rule, device: torch.device | str = "cpu", head_dim: int | None = None) -> Backend:
+    """A backend by name that can express all the given rules on that device, with heads of that size.
 
     Raises:
         InputError: no such backend.
         UnsupportedMask: it cannot express one of the rules.
+        MissingExtra: its package is not installed.
     """
     if name not in BACKENDS:
         raise InputError(f"Unknown attention backend {name!r}. Known: {', '.join(BACKENDS)}.")
     for rule in rules:
-        reason = BACKENDS[name].refuses(rule, torch.device(device))
+        reason = BACKENDS[name].refuses(rule, torch.device(device), head_dim)
         if reason is not None:
             raise UnsupportedMask(name, rule.name, reason, WORKING)
+    package = missing_package(name)
+    if rules and package is not None:
+        raise MissingExtra(package, "flash", f"The attention backend {name!r}")
     return BACKENDS[name]
 
 
@@ -150,9 +233,14 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None) -> Tensor:
     """[B, H, Q, D] by compiled FlexAttention under a block mask; a query without an open key gives 0."""
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        grouped = query.shape[1] != key.shape[1]
-        return _compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    if torch.compiler.is_compiling():  # a part of the caller's graph
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(query, key, value, **options)
+    # Each number of terms, dtype and gradient mode is a graph of its own; past the limit torch would go on unfused.
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        return _compiled_flex()(query, key, value, **options)
 
 
 def attend(
@@ -187,7 +275,7 @@ def attend(
     if lengths != described:
         raise InputError(f"Batch, queries and keys are {lengths} in the tensors and {described} in the layouts.")
     rules = rule if isinstance(rule, tuple) else (rule,)
-    run = backend(attention, *rules, device=query.device)
+    run = backend(attention, *rules, device=query.device, head_dim=query.shape[-1])
     keys = queries if keys is None else keys
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     outputs = []

@@ -7,6 +7,7 @@ query without an open key the mean of all values, and adds a boolean mask to the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmzoo.attention.backends import backend, eager_attention, flex
+from mmzoo.attention.backends import BACKENDS, Flash, backend, eager_attention, flex
 from mmzoo.attention.compiler import allowed, compact
+from mmzoo.attention.varlen import Call, calls
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
 from mmzoo.masks.basic import sliding_window
@@ -25,17 +27,24 @@ from mmzoo.masks.rule import Rule, after, everything, see
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa", "flex_attention": "mmzoo_flex"}
+FLASH = {
+    "varlen": "mmzoo_varlen",
+    # transformers takes any name with "flash" in it for its own.
+    "flash_attention_2": "mmzoo_varlen_2",
+    "flash_attention_3": "mmzoo_varlen_3",
+}
+IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa", "flex_attention": "mmzoo_flex", **FLASH}
 """mmzoo's backend name -> the name transformers knows it by."""
 
 
-def implementation(attention: str, rule: Rule, device: torch.device | str = "cpu") -> str:
-    """transformers' name of a backend that can express the rule on that device.
+def implementation(attention: str, rule: Rule, device: torch.device | str = "cpu", head_dim: int | None = None) -> str:
+    """transformers' name of a backend that can express the rule on that device, with heads of that size.
 
     Raises:
         UnsupportedMask: the backend cannot express it.
+        MissingExtra: its package is not installed.
     """
-    return IMPLEMENTATIONS[backend(attention, rule, device=device).name]
+    return IMPLEMENTATIONS[backend(attention, rule, device=device, head_dim=head_dim).name]
 
 
 def _mmzoo_eager(
@@ -72,9 +81,48 @@ def _mmzoo_flex(
     if attention_mask is None or isinstance(attention_mask, Tensor):  # a decoding step
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     _refuse_more_than_a_mask("flex_attention", kwargs)
-    if dropout and module.training:
-        raise UnsupportedMask("flex_attention", "any", "FlexAttention has no dropout", ["sdpa"])
+    _refuse_dropout("flex_attention", module, dropout)
     return flex(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+
+
+def _flash_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def mmzoo_flash(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        flash_calls: tuple[Call, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.shape[2] == 1 and key.shape[2] > 1:  # a decoding step
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        if flash_calls is None:
+            raise UnsupportedMask(name, "any", "the backbone does not hand its keyword arguments on", ["sdpa"])
+        _refuse_more_than_a_mask(name, kwargs)
+        _refuse_dropout(name, module, dropout)
+        flash, scale = BACKENDS[name], query.shape[-1] ** -0.5 if scaling is None else scaling
+        assert isinstance(flash, Flash)
+        return flash.run(query, key, value, flash_calls, scale).transpose(1, 2).contiguous(), None
+
+    return mmzoo_flash
+
+
+def _refuse_dropout(name: str, module: nn.Module, dropout: float) -> None:
+    if dropout and module.training:
+        raise UnsupportedMask(name, "any", "it has no dropout", ["sdpa"])
+
+
+def passed_on(mask: Any) -> dict[str, Any]:
+    """How a mask made by `backbone_mask` is handed to a backbone: flash calls travel beside an empty mask."""
+    return {"attention_mask": None, "flash_calls": mask} if isinstance(mask, tuple) else {"attention_mask": mask}
+
+
+def _only_while_decoding(*args: Any, q_length: int, **kwargs: Any) -> Tensor | None:
+    """transformers' boolean mask for one query; at prefill the calls say everything, and nothing dense is made."""
+    return sdpa_mask(*args, q_length=q_length, **kwargs) if q_length == 1 else None
 
 
 def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
@@ -85,6 +133,7 @@ def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
 for name, function, mask_function in (
     ("mmzoo_eager", _mmzoo_eager, _explicit_mask),
     ("mmzoo_flex", _mmzoo_flex, sdpa_mask),
+    *((known_as, _flash_function(name), _only_while_decoding) for name, known_as in FLASH.items()),
 ):
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
@@ -114,16 +163,20 @@ def _recent(window: int) -> Rule:
 
 def backbone_mask(
     rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
-) -> Tensor | BlockMask | dict[str, Tensor]:
+) -> Tensor | BlockMask | tuple[Call, ...] | dict[str, Tensor]:
     """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
-    A sliding layer keeps its window on top of the rule.
+    A sliding layer keeps its window on top of the rule. FlexAttention is given a block mask, flash its calls.
 
     Raises:
         UnsupportedMask: a layer is of a type that takes no mask.
     """
-    if getattr(config, "_attn_implementation", None) == "mmzoo_flex" and num_queries > 1:
-        return _block_mask(rule, layout, num_queries, cache, config)
+    known_as = getattr(config, "_attn_implementation", None)
+    if num_queries > 1 and known_as in ("mmzoo_flex", *FLASH.values()):
+        attention = next(name for name, other in IMPLEMENTATIONS.items() if other == known_as)
+        _check_slots(attention, rule, layout, num_queries, cache, config)
+        last_rows = compact(rule, layout).rows(slice(len(layout) - num_queries, len(layout)))
+        return last_rows.block_mask() if known_as == "mmzoo_flex" else calls(last_rows, rule.name)
     types: list[str] = list(getattr(config, "layer_types", None) or ())
     if set(types) <= {"full_attention"}:
         return mask_for(rule, layout, num_queries, cache)
@@ -139,10 +192,11 @@ def backbone_mask(
     return masks
 
 
-def _block_mask(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any) -> BlockMask:
+def _check_slots(
+    attention: str, rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
+) -> None:
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        reason = "a sliding layer needs its window on top of the rule, which block masks do not carry"
-        raise UnsupportedMask("flex_attention", rule.name, reason, ["sdpa"])
+        reason = "a sliding layer needs its window on top of the rule, and all layers are given one mask"
+        raise UnsupportedMask(attention, rule.name, reason, ["sdpa"])
     if cache is not None and cache.get_mask_sizes(num_queries, 0) != (len(layout), 0):
-        raise UnsupportedMask("flex_attention", rule.name, "the cache is static or sliding", ["sdpa"])
-    return compact(rule, layout).rows(slice(len(layout) - num_queries, len(layout))).block_mask()
+        raise UnsupportedMask(attention, rule.name, "the cache is static or sliding", ["sdpa"])

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mmzoo import masks
-from mmzoo.attention.backends import BACKENDS, Mask, Rules, attend
+from mmzoo.attention.backends import BACKENDS, Backend, Flash, Mask, Rules, attend, missing_package
+from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import Modality, Role, Span, TokenLayout, batch, image, lay_out, pack, text, video
 from mmzoo.masks.ccam import query_layout
 
 SCENARIOS = ("training", "prefill", "decode", "packed", "padded", "GQA")
-TOLERANCE = 1e-4
 
 DIALOGUE = lay_out(text(3), video(2, 3, 3), text(4), text(2, Role.ANSWER), text(2, turn=1), text(1, Role.ANSWER, 1))
 PICTURE = lay_out(text(2), image(4, 3), text(3))
@@ -69,8 +69,8 @@ class Verdict:
     """One cell.
 
     Attributes:
-        kind: "equal" (outputs, and gradients in training, ran here), "contents equal" (the block mask against the dense
-            mask), "refused", "not applicable" or "WRONG".
+        kind: "equal" (outputs, and gradients in training, ran here), "contents equal" (what the backend would be handed
+            against the dense mask, where it cannot run), "refused", "not applicable" or "WRONG".
         detail: the largest error, or the reason.
     """
 
@@ -92,16 +92,41 @@ def verdict(rule: str, attention: str, scenario: str, device: torch.device | str
         return Verdict("not applicable")
     queries, keys, rows = _arranged(example, scenario)
     rules = example.rule if isinstance(example.rule, tuple) else (example.rule,)
-    refusals = [reason for one in rules if (reason := BACKENDS[attention].refuses(one, torch.device(device)))]
-    if refusals and attention == "flex_attention" and torch.device(device).type == "cpu":
-        return _contents(rules, queries, keys, rows)
-    if refusals:
+    backend = BACKENDS[attention]
+    refusals = [reason for one in rules if (reason := backend.refuses(one, torch.device(device)))]
+    if refusals and any(backend.refuses(one, torch.device("cuda")) for one in rules):
         return Verdict("refused", refusals[0])
-    groups = 1 if scenario == "GQA" else 4
-    generator = torch.Generator().manual_seed(0)
+    if missing := missing_package(attention):
+        return Verdict("refused", f"the package {missing} is not installed")
+    if refusals:
+        return _contents(backend, rules, queries, queries if keys is None else keys, rows)
+    try:
+        error = _error(example, queries, keys, rows, scenario, attention, device)
+    except UnsupportedMask as refusal:  # of the rule on this layout
+        return Verdict("refused", refusal.reason)
+    return Verdict("equal" if error < tolerance(attention) else "WRONG", f"{error:.0e}")
+
+
+def tolerance(attention: str) -> float:
+    """How far outputs and gradients may be from eager attention in float64: flash kernels take half precision only."""
+    return 1e-2 if isinstance(BACKENDS[attention], Flash) else 1e-4
+
+
+def _error(
+    example: Example,
+    queries: TokenLayout,
+    keys: TokenLayout | None,
+    rows: slice,
+    scenario: str,
+    attention: str,
+    device: torch.device | str,
+) -> float:
+    """The largest difference of outputs, and of gradients in training."""
+    generator, groups = torch.Generator().manual_seed(0), 1 if scenario == "GQA" else 4
     b, k = (keys or queries).data.shape[:2]
+    half = isinstance(BACKENDS[attention], Flash)
     shapes = [(b, 4, len(queries[rows]), 16), (b, groups, k, 16), (b, groups, k, 16)]
-    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    inputs = [torch.randn(shape, generator=generator).to(torch.float16 if half else torch.float32) for shape in shapes]
     queries, keys = queries.to(device), None if keys is None else keys.to(device)
 
     def run(name: str, dtype: torch.dtype) -> list[Tensor]:
@@ -113,9 +138,8 @@ def verdict(rule: str, attention: str, scenario: str, device: torch.device | str
             (output * torch.linspace(-1, 1, output.shape[-1], dtype=dtype, device=device)).sum().backward()
         return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-    pairs = zip(run(attention, torch.float32), run("eager", torch.float64), strict=True)
-    error = max(float((ours - exact).abs().max()) for ours, exact in pairs)
-    return Verdict("equal" if error < TOLERANCE else "WRONG", f"{error:.0e}")
+    pairs = zip(run(attention, inputs[0].dtype), run("eager", torch.float64), strict=True)
+    return max(float((ours - exact).abs().max()) for ours, exact in pairs)
 
 
 def _arranged(example: Example, scenario: str) -> tuple[TokenLayout, TokenLayout | None, slice]:
@@ -132,20 +156,17 @@ def _arranged(example: Example, scenario: str) -> tuple[TokenLayout, TokenLayout
     return arranged(example.queries), None if example.keys is None else arranged(example.keys), rows
 
 
-def _contents(rules: tuple[masks.Rule, ...], queries: TokenLayout, keys: TokenLayout | None, rows: slice) -> Verdict:
-    """FlexAttention's block mask against the dense mask, tile by tile and pair by pair."""
-    from torch.nn.attention.flex_attention import create_mask
-
+def _contents(
+    backend: Backend, rules: tuple[masks.Rule, ...], queries: TokenLayout, keys: TokenLayout, rows: slice
+) -> Verdict:
+    """What the backend would be handed against the dense mask, pair by pair."""
     for rule in rules:
-        mask = Mask(rule, queries, queries if keys is None else keys, rows)
-        dense, blocks = mask.dense(), mask.blocks()
-        b, q, k = dense.shape
-        inside = create_mask(blocks.mask_mod, b, 1, q, k, device="cpu")[:, 0]
-        visited = blocks.to_dense()[:, 0].bool()
-        side = blocks.BLOCK_SIZE[0]
-        reached = visited.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :q, :k]
-        if not torch.equal(inside & reached, dense):
-            return Verdict("WRONG", "the block mask is another mask")
+        mask = Mask(rule, queries, keys, rows)
+        try:
+            if not torch.equal(backend.pairs(mask), mask.dense()):
+                return Verdict("WRONG", "it is handed another mask")
+        except UnsupportedMask as error:  # the rule, on this layout
+            return Verdict("refused", error.reason)
     return Verdict("contents equal")
 
 
