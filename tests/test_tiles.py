@@ -115,6 +115,29 @@ def test_a_compiled_mask_is_the_same_mask(name: str) -> None:
     assert torch.equal(compiled(layout.data), allowed(rule, layout))
 
 
+def test_the_lists_by_key_are_the_lists_by_query_as_kernels_read_them() -> None:
+    """Gradients of keys and values are summed over the lists by key; kernels take their memory as it lies."""
+    layout = batch([lay_out(text(300), video(5, 9, 9), text(300)), lay_out(text(450))], "left")
+    blocks = compact(masks.modality_mutual(), layout).block_mask()
+    lists = {
+        "partial": [(blocks.kv_num_blocks, blocks.kv_indices), (blocks.q_num_blocks, blocks.q_indices)],
+        "full": [
+            (blocks.full_kv_num_blocks, blocks.full_kv_indices),
+            (blocks.full_q_num_blocks, blocks.full_q_indices),
+        ],
+    }
+    for by_query, by_key in lists.values():
+        visited = []
+        for counts, indices in (by_query, by_key):
+            memory = torch.empty(0, dtype=torch.int32).set_(indices.untyped_storage()).reshape(indices.shape)
+            dense = torch.zeros(indices.shape, dtype=torch.bool)
+            for where in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
+                dense[(*where, memory[(*where, slice(counts[tuple(where)]))].long())] = True
+            visited.append(dense)
+        assert visited[0].any()
+        assert torch.equal(visited[0], visited[1].mT)
+
+
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """FlexAttention's own reference on a CPU: forward only, and not compiled, since compiled it is wrong there."""

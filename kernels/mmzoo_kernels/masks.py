@@ -157,7 +157,10 @@ def _not_below(query: Tensor, key: Tensor, t: int) -> Tensor:
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts int32 [B, 1, Q'] and, for each row of tiles, its column numbers first: int32 [B, 1, Q', K']."""
+    """Counts int32 [B, 1, Q'] and, for each row of tiles, its column numbers first: int32 [B, 1, Q', K'].
+
+    Contiguous, since FlexAttention's kernels look at no stride of the last axis.
+    """
     columns = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32)
     order = torch.where(tiles, columns, columns + tiles.shape[-1]).sort(-1).values % tiles.shape[-1]
-    return tiles.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+    return tiles.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32).contiguous()[:, None]

@@ -96,7 +96,9 @@ class SDPA(Backend):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         grouped, dense = query.shape[1] != key.shape[1], mask.dense()[:, None]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=dense, scale=scale, enable_gqa=grouped)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=dense, scale=scale, enable_gqa=grouped)
+        # On a GPU some of its kernels give a query without an open key a mean of values.
+        return output.masked_fill(~dense.any(-1, keepdim=True), 0)
 
 
 class Flex(Backend):

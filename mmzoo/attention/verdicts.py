@@ -146,6 +146,8 @@ def _arranged(example: Example, scenario: str) -> tuple[TokenLayout, TokenLayout
     """Layouts of the scenario, and which rows are asked."""
 
     def arranged(layout: TokenLayout) -> TokenLayout:
+        if scenario == "training":  # more than a tile, and a row of padding
+            return batch([pack([layout] * (320 // len(example.queries))), layout])
         if scenario == "packed":
             return pack([layout, layout])
         if scenario == "padded":
