@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmzoo.errors import CheckpointError
+from mmzoo.errors import CheckpointError, MissingExtra
 
 if TYPE_CHECKING:
     import torch
@@ -122,9 +123,11 @@ def load_from(
 
     Raises:
         CheckpointError: nothing in the zoo can read it, or it does not fit the model.
+        MissingExtra: a device map or quantisation needs a package that is not installed.
     """
     from mmzoo.registry import families
 
+    _check_packages(loading)
     folder = locate(place)
     described = read_config(folder)
     known = families()
@@ -158,6 +161,20 @@ def load_from(
         )
     model.processor = processor
     return model
+
+
+def _check_packages(loading: Mapping[str, Any]) -> None:
+    """Raises MissingExtra where transformers would fail for want of a package, before anything is read."""
+    wanted = {
+        "accelerate": loading.get("device_map") is not None or loading.get("quantization_config") is not None,
+        "bitsandbytes": type(loading.get("quantization_config")).__name__ == "BitsAndBytesConfig",
+    }
+    for package, needed in wanted.items():
+        if needed:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise MissingExtra(package, "large", "Loading with a device map or quantised") from error
 
 
 def save(model: MultimodalLM, folder: str | Path, card: str | None = None) -> Path:
