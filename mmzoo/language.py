@@ -229,11 +229,15 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
 
         Returns:
             loss (with labels) and logits [B, Q, V].
+
+        Raises:
+            InputError: a mask in another format than `mask` gives, or positions that mean packing, without a layout.
         """
         cache = past_key_values if cache is None else cache
         num_queries = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if layout is None and not self._is_ready(attention_mask, position_ids, num_queries, cache):
             past = 0 if cache is None else int(cache.get_seq_length())
+            _refuse_packing(position_ids, attention_mask)
             layout = text_layout(
                 attention_mask, past + num_queries, input_ids if inputs_embeds is None else inputs_embeds
             )
@@ -260,7 +264,8 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
     ) -> bool:
         """Whether the backbone may take mask and positions as they are."""
         if isinstance(attention_mask, (dict, tuple)) or (attention_mask is not None and len(attention_mask.shape) == 4):
-            return position_ids is not None
+            _check_finished(attention_mask, position_ids)
+            return True
         decoding = num_queries == 1 and cache is not None and self.rule.decodes_causally
         return decoding and position_ids is not None
 
@@ -383,6 +388,27 @@ def _media_starts(layout: TokenLayout) -> Tensor:
     starts = layout.visual.clone()
     starts[:, 1:] &= run[:, 1:] != run[:, :-1]
     return starts
+
+
+def _check_finished(mask: Any, position_ids: Tensor | None) -> None:
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        raise InputError(
+            f"A mask of {mask.dtype} means another thing on every backend. Give a layout, or the mask that "
+            "model.mask(layout, num_queries) makes."
+        )
+    if position_ids is None:
+        raise InputError("A finished mask needs position_ids beside it: model.scheme(layout).")
+
+
+def _refuse_packing(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Positions that do not go on by 1 are several packed samples to transformers, and would be one sample here."""
+    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+        return
+    if bool((position_ids.diff(dim=-1) != 1).any()):
+        raise InputError(
+            "position_ids do not go on by 1, which transformers takes for packed samples. Say by a layout which samples "
+            "there are (mmzoo.layout.pack), or give an attention_mask if it is one."
+        )
 
 
 def text_layout(attention_mask: Tensor | None, length: int, like: Tensor) -> TokenLayout:

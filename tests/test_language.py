@@ -236,3 +236,27 @@ def test_a_padding_mask_of_another_length_is_an_error() -> None:
     model = a_model()
     with pytest.raises(InputError, match=r"\(1, 3\)"):
         model(torch.ones(1, 5, dtype=torch.long), attention_mask=torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_finished_mask_of_another_format_is_an_error(dtype: torch.dtype) -> None:
+    model, (ids, layout, _) = a_model(), a_batch()
+    mask, positions = model.mask(layout, len(layout)), model.scheme(layout)
+    expected = model(ids, layout).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask, position_ids=positions).logits, expected)
+    with pytest.raises(InputError, match=f"{dtype}.*model.mask"):
+        model(ids, attention_mask=mask.to(dtype), position_ids=positions)
+    with pytest.raises(InputError, match="position_ids"):
+        model(ids, attention_mask=mask)
+
+
+def test_positions_that_transformers_would_take_for_packing_are_an_error() -> None:
+    model, layout = a_model(scheme="concentric"), samples()[1]
+    ids = ids_for(layout)
+    restarts = torch.tensor([[*range(4), *range(len(layout) - 4)]])
+    for irregular in (model.scheme(layout), restarts, 2 * torch.arange(len(layout))[None]):
+        with pytest.raises(InputError, match=r"packed samples.*layout"):
+            model(ids, position_ids=irregular)
+    packed = model(ids, pack([lay_out(text(4)), lay_out(text(len(layout) - 4))]), position_ids=restarts)
+    alone = model(ids[:, 4:]).logits
+    torch.testing.assert_close(packed.logits[:, 4:], alone, atol=1e-4, rtol=1e-4)

@@ -198,6 +198,13 @@ def test_flex_attention_refuses_what_a_block_mask_cannot_say(uncompiled: None, m
     assert flex.refuses(masks.causal(), torch.device("cuda")) is None
 
 
+def test_flex_attention_takes_no_dense_mask() -> None:
+    query = torch.zeros(1, 1, 2, 16)
+    for mask in (None, torch.ones(1, 1, 2, 2, dtype=torch.bool)):
+        with pytest.raises(UnsupportedMask, match="dense mask or none"):
+            plug._mmzoo_flex(torch.nn.Identity(), query, query, query, mask)
+
+
 @pytest.mark.parametrize("extra", ["softcap", "s_aux", "position_bias"])
 @pytest.mark.parametrize("attention", [plug._mmzoo_eager, plug._mmzoo_flex])
 def test_attention_that_needs_more_than_a_mask_is_refused(attention: object, extra: str) -> None:

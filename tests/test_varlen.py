@@ -224,7 +224,7 @@ def test_an_old_torch_has_no_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backbone_that_loses_the_calls_is_an_error() -> None:
     run, query = plug._flash_function("varlen"), torch.zeros(1, 1, 3, 8)
-    with pytest.raises(UnsupportedMask, match="does not hand"):
+    with pytest.raises(UnsupportedMask, match="dense mask or none"):
         run(torch.nn.Identity(), query, query, query, None)
     module, made = torch.nn.Identity().train(), calls(compact(masks.causal(), lay_out(text(3))), "causal")
     with pytest.raises(UnsupportedMask, match="dropout"):

@@ -78,7 +78,8 @@ def _mmzoo_flex(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if attention_mask is None or isinstance(attention_mask, Tensor):  # a decoding step
+    if attention_mask is None or isinstance(attention_mask, Tensor):
+        _refuse_dense("flex_attention", query)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     _refuse_more_than_a_mask("flex_attention", kwargs)
     _refuse_dropout("flex_attention", module, dropout)
@@ -97,10 +98,9 @@ def _flash_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         flash_calls: tuple[Call, ...] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if query.shape[2] == 1 and key.shape[2] > 1:  # a decoding step
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         if flash_calls is None:
-            raise UnsupportedMask(name, "any", "the backbone does not hand its keyword arguments on", ["sdpa"])
+            _refuse_dense(name, query)
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         _refuse_more_than_a_mask(name, kwargs)
         _refuse_dropout(name, module, dropout)
         flash, scale = BACKENDS[name], query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -108,6 +108,13 @@ def _flash_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         return flash.run(query, key, value, flash_calls, scale).transpose(1, 2).contiguous(), None
 
     return mmzoo_flash
+
+
+def _refuse_dense(name: str, query: Tensor) -> None:
+    """Only a decoding step, one query, runs under an ordinary mask."""
+    if query.shape[2] > 1:
+        reason = "it was handed a dense mask or none; model.mask(layout, num_queries) makes what it takes"
+        raise UnsupportedMask(name, "any", reason, ["sdpa"])
 
 
 def _refuse_dropout(name: str, module: nn.Module, dropout: float) -> None:
