@@ -406,8 +406,8 @@ def _refuse_packing(position_ids: Tensor | None, attention_mask: Tensor | None) 
         return
     if bool((position_ids.diff(dim=-1) != 1).any()):
         raise InputError(
-            "position_ids do not go on by 1, which transformers takes for packed samples. Say by a layout which samples "
-            "there are (mmzoo.layout.pack), or give an attention_mask if it is one."
+            "position_ids do not go on by 1, which transformers takes for packed samples. Say by a layout "
+            "(mmzoo.layout.pack) which samples there are, or give an attention_mask if it is one."
         )
 
 

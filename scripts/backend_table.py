@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
 
-from mmzoo.attention.verdicts import BACKENDS, EXAMPLES, SCENARIOS, cell, device_name, tolerance, verdict, versions
+from mmzoo.attention.verdicts import (
+    BACKENDS,
+    EXAMPLES,
+    SCENARIOS,
+    cell,
+    device_name,
+    summary,
+    tolerance,
+    verdict,
+    versions,
+)
 from mmzoo.files import replacing
 
-PAGE = Path(__file__).parent.parent / "docs" / "backend-table.md"
+ROOT = Path(__file__).parent.parent
+PAGE, GPU = ROOT / "docs" / "backend-table.md", ROOT / "benchmarks" / "results" / "gpu.json"
 
 
 def table(device: str) -> list[str]:
@@ -52,11 +65,28 @@ Each cell ran in these scenarios where they apply: {scenarios}.
 {table}
 
 {reasons}
+
+## On a GPU
+
+By `python benchmarks/gpu.py` on {gpu_date}: {gpu}. Refusals have the
+reasons above, or name a package that was not installed there.
+
+{gpu_table}
 """
+
+
+def gpu_table(results: dict[str, Any]) -> list[str]:
+    """The verdicts recorded on a GPU."""
+    lines = ["| rule | " + " | ".join(f"`{name}`" for name in BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
+    for rule, by_backend in results.items():
+        kinds = [summary({scenario: found["kind"] for scenario, found in cell.items()}) for cell in by_backend.values()]
+        lines.append(f"| `{rule}` | " + " | ".join(kinds) + " |")
+    return lines
 
 
 def page(device: str) -> str:
     """The page."""
+    gpu = json.loads(GPU.read_text())["verdicts"]
     return PROSE.format(
         date=date.today().isoformat(),
         device=device_name(device),
@@ -66,6 +96,9 @@ def page(device: str) -> str:
         half=tolerance("varlen"),
         table="\n".join(table(device)),
         reasons="\n".join(reasons(device)),
+        gpu_date=gpu["date"],
+        gpu=f"{gpu['device']}, " + ", ".join(f"{name} {gpu['versions'][name]}" for name in ("torch", "triton")),
+        gpu_table="\n".join(gpu_table(gpu["results"])),
     )
 
 

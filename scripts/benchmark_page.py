@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md from benchmarks/results."""
+"""Write the tables of docs/benchmarks.md, and the picture of the GPU's results, from benchmarks/results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from mmzoo.files import replacing
 
@@ -29,6 +31,56 @@ def replaced(page: str, name: str, content: str) -> str:
     return re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: marked, page, flags=re.DOTALL)
 
 
+def on(part: dict[str, Any]) -> str:
+    """Where and when a part was measured."""
+    versions = ", ".join(f"{name} {part['versions'][name]}" for name in ("torch", "triton", "transformers"))
+    return f"{part['device']}, {versions}, {part['date']}:\n\n"
+
+
+def per_tile(part: dict[str, Any]) -> str:
+    """Each rule's time for a computed tile over plain causal's."""
+    rows = {
+        f"{rule}, {tokens} tokens": {name.replace("per tile over causal", "ratio"): row[name] for name in row}
+        for tokens, by_rule in part["results"].items()
+        for rule, row in by_rule.items()
+    }
+    return on(part) + table(rows, "rule")
+
+
+def by_backend(part: dict[str, Any]) -> str:
+    """Milliseconds of frame-wise block causal and of causal attention by backend."""
+    rows: dict[str, dict[str, float]] = {}
+    for tokens, steps in part["results"].items():
+        for step, ways in steps.items():
+            for way, value in ways.items():
+                name = f"{step.removesuffix(', ms')}: {way}"
+                rows.setdefault(name, {})[f"{tokens}"] = value
+    return on(part) + table(rows, "ms by number of tokens")
+
+
+def draw_backends(part: dict[str, Any], path: Path) -> None:
+    """Frame-wise block causal attention: milliseconds over tokens, a line a backend."""
+    figure = Figure(figsize=(8, 3.6))
+    for axis, step in zip(figure.subplots(1, 2), ("prefill", "training"), strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for tokens, steps in part["results"].items():
+            for way, value in steps[f"frame-block-causal, {step}, ms"].items():
+                lines.setdefault(way, []).append((int(tokens), value))
+            causal = steps[f"causal, {step}, ms"]["sdpa, is_causal"]
+            lines.setdefault("plain causal: sdpa, is_causal", []).append((int(tokens), causal))
+        for (way, points), style in zip(lines.items(), ("s--", "o-", "^-", ":"), strict=True):
+            axis.plot(*zip(*points, strict=True), style, label=way)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("tokens")
+        axis.set_title(f"{step}, milliseconds", fontsize=10)
+    axis.legend(fontsize=8)
+    figure.suptitle(f"frame-wise block causal attention, 16 heads of 128, {part['device']}", fontsize=10)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
 def main() -> None:
     cpu: dict[str, Any] = json.loads((RESULTS / "cpu.json").read_text())
     attention: dict[str, Any] = json.loads((RESULTS / "attention_cpu.json").read_text())
@@ -37,6 +89,11 @@ def main() -> None:
     decoding = {name.removeprefix("decoding, "): row for name, row in cpu.items() if name.startswith("decoding")}
     page = replaced(page, "decoding", table(decoding, "attention"))
     page = replaced(page, "imports", table({"median of 7": cpu["import"]}, ""))
+    gpu: dict[str, Any] = json.loads((RESULTS / "gpu.json").read_text())
+    page = replaced(page, "tiles", per_tile(gpu["tiles"]))
+    page = replaced(page, "backends", by_backend(gpu["backends"]))
+    page = replaced(page, "gpu decoding", on(gpu["decoding"]) + table(gpu["decoding"]["results"], "attention"))
+    draw_backends(gpu["backends"], ROOT / "docs" / "images" / "attention_gpu.png")
     with replacing(PAGE) as temporary:
         temporary.write_text(page)
 

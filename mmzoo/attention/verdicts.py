@@ -173,10 +173,15 @@ def _contents(
 
 
 def cell(rule: str, attention: str, device: torch.device | str = "cpu") -> str:
-    """One cell of the published table: the scenarios of each verdict, and what refusals say."""
+    """One cell of the published table."""
+    return summary({scenario: verdict(rule, attention, scenario, device).kind for scenario in SCENARIOS})
+
+
+def summary(kinds: dict[str, str]) -> str:
+    """The kind of all scenarios that apply, or the scenarios of each kind."""
     by_kind: dict[str, list[str]] = {}
-    for scenario in SCENARIOS:
-        by_kind.setdefault(verdict(rule, attention, scenario, device).kind, []).append(scenario)
+    for scenario, kind in kinds.items():
+        by_kind.setdefault(kind, []).append(scenario)
     by_kind.pop("not applicable", None)
     if len(by_kind) == 1:
         return next(iter(by_kind))
