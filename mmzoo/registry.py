@@ -166,6 +166,7 @@ def load(
     from mmzoo import hub
 
     place: str | None
+    found: Entry | None
     if name in _ENTRIES or not hub.is_location(name):
         found = entry(name)
         if weights is None:

@@ -73,5 +73,5 @@ def processor(name: str, config: TCLlavaConfig) -> LlavaProcessor | None:
 
 
 def read_release(folder: Path, described: dict[str, Any]) -> tuple[LlavaConfig, LlavaProcessor]:
-    """Configuration and processor from a LLaVA checkpoint, the start of fine-tuning: there is no release of TC-LLaVA."""
+    """Configuration and processor from a LLaVA checkpoint, where fine-tuning starts; TC-LLaVA has no release."""
     return llava.read_as(TCLlavaConfig, TCLlavaProcessor, folder, described, num_frames=NUM_FRAMES["tc-llava-7b"])
