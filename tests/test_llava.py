@@ -19,7 +19,7 @@ import mmzoo
 from mmzoo import hub
 from mmzoo.errors import CheckpointError, InputError, MissingExtra
 from mmzoo.layout import Role, TokenLayout
-from mmzoo.models.llava import SYSTEMS, TINY, caption
+from mmzoo.models.llava import SYSTEMS, TINY, caption, renamed
 
 Tensors = dict[str, torch.Tensor]
 MEAN = (122, 116, 104)
@@ -171,6 +171,28 @@ def test_a_release_has_the_type_that_it_names(release: Path) -> None:
     change(release, torch_dtype="bfloat16")
     assert mmzoo.load("llava-1.5-7b", weights=str(release)).dtype == torch.bfloat16
     assert mmzoo.load("llava-1.5-7b", weights=str(release), dtype=torch.float64).dtype == torch.float64
+
+
+def test_a_tower_has_to_say_how_pictures_are_prepared(release: Path, tmp_path: Path) -> None:
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="does not say how pictures are prepared"):
+        mmzoo.load("llava-1.5-7b", weights=str(release))
+
+
+def test_buffers_of_earlier_versions_are_left_out() -> None:
+    one = torch.zeros(1)
+    language = {"model.norm.weight": one, "model.layers.0.self_attn.rotary_emb.inv_freq": one}
+    tower = {"vision_model.embeddings.position_ids": one, "vision_model.pre_layrnorm.bias": one}
+    assert set(renamed(language, tower)) == {"lang_model.model.norm.weight", "vision_tower.pre_layrnorm.bias"}
+
+
+def test_a_release_says_how_pictures_are_fitted_and_its_family_how_many_frames(release: Path) -> None:
+    change(release, image_aspect_ratio=None)
+    processors = [mmzoo.load(name, weights=str(release)).processor for name in ("llava-1.5-7b", "tc-llava-7b")]
+    assert [processor.image_aspect_ratio for processor in processors] == ["square", "square"]
+    assert [processor.num_frames for processor in processors] == [8, 16]
+    change(release, image_aspect_ratio="pad")
+    assert mmzoo.load("llava-1.5-7b", weights=str(release)).processor.image_aspect_ratio == "pad"
 
 
 def test_a_release_without_a_name_says_which_names_fit(release: Path) -> None:

@@ -372,7 +372,10 @@ def read_as(
     )
     tokenizer = read_tokenizer(folder)
     tokenizer.add_tokens([IMAGE], special_tokens=True)
-    pictures = AutoImageProcessor.from_pretrained(tower, backend="pil")
+    try:
+        pictures = AutoImageProcessor.from_pretrained(tower, backend="pil")
+    except OSError as error:
+        raise CheckpointError(f"The tower {tower} does not say how pictures are prepared: {error}") from error
     aspect_ratio = described.get("image_aspect_ratio") or "square"
     sizes = (config.vision_config.patch_size, config.pool)
     return config, processor_class(pictures, tokenizer, *sizes, image_aspect_ratio=aspect_ratio, **options)
