@@ -16,6 +16,7 @@ def card(entry: Entry) -> str:
     rule = masks.rule(entry.rule)
     rules = rule if isinstance(rule, tuple) else (rule,)
     prose = resources.files("mmzoo") / "assets" / "cards" / f"{entry.name}.md"
+    source = "picture.jpg" if entry.task == "image-text-to-text" else "clip.mp4"
     arxiv = entry.paper.removeprefix("arXiv:")
     metadata = [
         "library_name: mmzoo",
@@ -49,7 +50,7 @@ def card(entry: Entry) -> str:
         "import mmzoo",
         "",
         f'model = mmzoo.load("{entry.name}"' + (")" if entry.weights else ", weights=None)"),
-        'model.ask("clip.mp4", "what colour is the square")',
+        f'model.ask("{source}", "what colour is the square")',
         "```",
         "",
         "The mask as mmzoo declares it:",

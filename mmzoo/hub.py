@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mmzoo.errors import CheckpointError, MissingExtra
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
     from mmzoo.language import MultimodalLM
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 HUB, PACKAGE = "hf-hub:", "package:"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_OLDER_FILES = ["pytorch_model*.bin"]  # read as tensors only, never unpickled
 
 
 def is_location(name: str) -> bool:
@@ -35,11 +39,8 @@ def locate(place: str) -> Path:
         CheckpointError: it is not there, or cannot be downloaded. Random weights are never put in its place.
     """
     if place.startswith(HUB):
-        from huggingface_hub import snapshot_download
-
-        repo, _, revision = place.removeprefix(HUB).partition("@")
         try:
-            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_FILES))
+            folder = _download(*place.removeprefix(HUB).split("@", 1))
         except Exception as error:  # the client raises classes of its own, of requests and of the standard library
             raise CheckpointError(
                 f"Cannot download {place}: {type(error).__name__}: {error}\nWithout a connection, give a local folder."
@@ -50,6 +51,15 @@ def locate(place: str) -> Path:
         folder = Path(place)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"No checkpoint at {place}: {folder} has no config.json.")
+    return folder
+
+
+def _download(repo: str, revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_FILES))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=_FILES + _OLDER_FILES))
     return folder
 
 
@@ -65,7 +75,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, sha256: Mapping[str, str] | None = None) -> None:
-    """Look at model.safetensors, or at the shards and their index, before anything is loaded.
+    """Look at the weights' file, or at the shards and their index, before anything is loaded.
+
+    They are model.safetensors, or else pytorch_model.bin, of which tensors are read and nothing else.
 
     Args:
         folder: the checkpoint.
@@ -74,8 +86,6 @@ def check_files(folder: Path, sha256: Mapping[str, str] | None = None) -> None:
     Raises:
         CheckpointError: a file is missing, damaged, or not the known one.
     """
-    from safetensors import SafetensorError, safe_open
-
     for name in _shards(folder):
         path = folder / name
         if not path.is_file():
@@ -86,17 +96,61 @@ def check_files(folder: Path, sha256: Mapping[str, str] | None = None) -> None:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != known:
                 raise CheckpointError(f"{path} is damaged or another file: its sha256 is {found}, not {known}.")
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
+        _check_opens(path)
+
+
+def read_tensors(folder: Path, sha256: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its name there, mapped into memory rather than read.
+
+    Raises:
+        CheckpointError: as `check_files`.
+    """
+    check_files(folder, sha256)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in _shards(folder):
+        tensors.update(_tensors(folder / name))
+    return tensors
+
+
+def _check_opens(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        _tensors(path)
+        return
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and are read whole
+        return dict(torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
+    except Exception as error:  # torch raises classes of its own, of pickle and of the standard library
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors: {error}. Download or copy it again."
+        ) from error
 
 
 def _shards(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["model.safetensors"]
+    names = ("model.safetensors", "pytorch_model.bin")
+    for name in names:
+        if (folder / f"{name}.index.json").is_file():
+            return _indexed(folder / f"{name}.index.json", Path(name).suffix)
+        if (folder / name).is_file():
+            return [name]
+    return [names[0]]
+
+
+def _indexed(index: Path, suffix: str) -> list[str]:
     try:
         described = json.loads(index.read_text())
         if "metadata" not in described:  # transformers needs it
@@ -105,7 +159,7 @@ def _shards(folder: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}.") from error
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or Path(name).suffix != suffix:
             raise CheckpointError(f"{index} names {name!r}, which is no file of this checkpoint.")
     return names
 
@@ -130,23 +184,20 @@ def load_from(
     _check_packages(loading)
     folder = locate(place)
     described = read_config(folder)
-    known = families()
     check_files(folder, entry.sha256 if entry else None)
-    module = known.get(described.get("model_type", ""))
+    module, tensors = families().get(described.get("model_type", "")), None
     if module is not None:
         config = module.MODEL.config_class.from_pretrained(folder)
         processor = module.PROCESSOR.from_pretrained(folder)
     else:
-        module = entry.module if entry else next((m for m in known.values() if m.is_release(described)), None)
-        if module is None or not module.is_release(described):
-            raise CheckpointError(
-                f"{place} is no checkpoint that mmzoo can read: its config.json has model_type "
-                f"{described.get('model_type')!r} and is not a known release either."
-            )
+        module = _reader(place, described, entry)
         config, processor = module.read_release(folder, described)
+        if hasattr(module, "read_weights"):
+            tensors = module.read_weights(folder, described)
     model, report = module.MODEL.from_pretrained(
-        folder,
+        folder if tensors is None else None,
         config=config,
+        state_dict=tensors,
         dtype=dtype or "auto",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported below, all of them, instead of the first
@@ -175,6 +226,26 @@ def _check_packages(loading: Mapping[str, Any]) -> None:
                 importlib.import_module(package)
             except ImportError as error:
                 raise MissingExtra(package, "large", "Loading with a device map or quantised") from error
+
+
+def _reader(place: str, described: Mapping[str, Any], entry: Entry | None) -> ModuleType:
+    """The family that reads an authors' release."""
+    from mmzoo.registry import families
+
+    modules = [entry.module] if entry else list(families().values())
+    readers = [module for module in modules if module.is_release(described)]
+    if not readers:
+        raise CheckpointError(
+            f"{place} is no checkpoint that mmzoo can read: its config.json has model_type "
+            f"{described.get('model_type')!r} and is not a known release either."
+        )
+    if len(readers) > 1:
+        names = ", ".join(next(iter(module.CONFIGS)) for module in readers)
+        raise CheckpointError(
+            f"{place} does not say which model it is: its config.json fits {names}. "
+            f"Load it by name, as in load({next(iter(readers[0].CONFIGS))!r}, weights={place!r})."
+        )
+    return readers[0]
 
 
 def save(model: MultimodalLM, folder: str | Path, card: str | None = None) -> Path:

@@ -26,10 +26,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmzoo import masks, positions
 from mmzoo.asking import Asking
-from mmzoo.attention.compiler import prefill_cuts
+from mmzoo.attention.compiler import looks_ahead, prefill_cuts
 from mmzoo.attention.transformers import IMPLEMENTATIONS, backbone_mask, implementation, passed_on
 from mmzoo.errors import InputError, UnsupportedMask
-from mmzoo.layout import TokenLayout, batch, lay_out, text
+from mmzoo.layout import Modality, Role, TokenLayout, batch, lay_out, text
 
 CACHE = (
     "cache"
@@ -232,6 +232,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
 
         Raises:
             InputError: a mask in another format than `mask` gives, or positions that mean packing, without a layout.
+            UnsupportedMask: tokens in the cache would have seen some of these, which came too late.
         """
         cache = past_key_values if cache is None else cache
         num_queries = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
@@ -243,6 +244,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             )
         if layout is not None:
             layout = layout if isinstance(layout, TokenLayout) else TokenLayout(layout)
+            self._check_cut(layout, num_queries)
             attention_mask = self.mask(layout, num_queries, cache)
             position_ids = self.scheme(layout)[:, -num_queries:] if position_ids is None else position_ids
         if inputs_embeds is None:
@@ -258,6 +260,18 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         )
         outputs.loss = None if labels is None else next_token_loss(outputs.logits, labels)
         return outputs
+
+    def _check_cut(self, layout: TokenLayout, num_queries: int) -> None:
+        """Whether the cache may end where these tokens begin; an answer's next token always may come alone."""
+        cut, last = len(layout) - num_queries, layout[-1:]
+        if cut == 0 or torch.compiler.is_compiling():
+            return
+        answers = (last.role == int(Role.ANSWER)) & (last.modality == int(Modality.TEXT))
+        if num_queries == 1 and self.rule.decodes_causally and bool(answers.all()):
+            return
+        if looks_ahead(self.rule, layout, cut):
+            reason = f"it ends at token {cut}, where earlier tokens see later ones"
+            raise UnsupportedMask("a cache", self.rule.name, reason)
 
     def _is_ready(
         self, attention_mask: Any, position_ids: Tensor | None, num_queries: int, cache: Cache | None

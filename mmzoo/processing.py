@@ -5,6 +5,7 @@ Shape legend: B batch, L tokens, K layout fields, M media of the fullest sample,
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-from mmzoo.errors import InputError
+from mmzoo.errors import InputError, MissingExtra
 from mmzoo.layout import Modality, Role, Span, TokenLayout, batch, splice
 from mmzoo.media import Video, read_image, read_video
 
@@ -224,6 +225,21 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a released checkpoint.
+
+    Raises:
+        MissingExtra: it is a sentencepiece file, for which transformers needs packages that are not installed.
+    """
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        for package in ("sentencepiece", "google.protobuf"):
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise MissingExtra(package, "sentencepiece", f"The tokenizer in {folder}") from error
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def is_image(source: Any) -> bool:

@@ -166,6 +166,7 @@ def load(
     from mmzoo import hub
 
     place: str | None
+    found: Entry | None
     if name in _ENTRIES or not hub.is_location(name):
         found = entry(name)
         if weights is None:
@@ -177,7 +178,7 @@ def load(
                 "weights='hf-hub:org/name' or a folder."
             )
     else:
-        found, place = None, name
+        found, place = next((one for one in _ENTRIES.values() if one.weights == name), None), name
     model = hub.load_from(place, found, dtype=dtype, **loading)
     if not {"device_map", "quantization_config"} & loading.keys():
         model = model.to(device)

@@ -99,6 +99,11 @@ def run(parity: ModuleType, root: Path, *options: str) -> tuple[int, list[dict[s
         ("aki/mask", "two_images.proposed_mask"),
         ("aki/resampler", "layers.0.attn_out"),
         ("hf5-masked-lm/qwen3_frame_block_causal", "grad_inputs_embeds"),
+        ("cca-llava/attention_4x4", "attention_weights"),
+        ("cca-llava/batch2", "logits_sample1"),
+        ("cca-llava/tiny_model", "decode_position_ids"),
+        ("tc-llava/attention", "output_alpha0.5_beta1_frame_block"),
+        ("tc-llava/tiny_llm", "layer_output_0"),
     ],
 )
 def test_one_wrong_element_fails(parity: ModuleType, tmp_path: Path, case: str, tensor: str) -> None:

@@ -46,6 +46,10 @@ class CompactMask:
             self.query_sample[:, queries], self.key_sample, self.lower[:, queries], self.upper[:, queries], self.value
         )
 
+    def columns(self, keys: slice) -> CompactMask:
+        """The mask of all queries over some of the keys."""
+        return CompactMask(self.query_sample, self.key_sample[:, keys], self.lower, self.upper, self.value[:, keys])
+
     def dense(self) -> Tensor:
         """bool [B, Q, K], True = may attend."""
         b, q, k = *self.query_sample.shape, self.key_sample.shape[1]

@@ -67,6 +67,13 @@ def allowed(rule: Rule, queries: TokenLayout, keys: TokenLayout | None = None, *
     return said if opened is None else opened | said
 
 
+def looks_ahead(rule: Rule, layout: TokenLayout, cut: int) -> bool:
+    """Whether a token before `cut` sees one at or after it; in time and memory cut * (L - cut)."""
+    if rule.function is not None:
+        return bool(allowed(rule, layout)[:, :cut, cut:].any())
+    return bool(compact(rule, layout).rows(slice(cut)).columns(slice(cut, None)).dense().any())
+
+
 def prefill_cuts(rule: Rule, layout: TokenLayout) -> list[int]:
     """Where a prefill may be cut: every c in 1..L-1 such that no token before c sees one at or after c."""
     length = len(layout)

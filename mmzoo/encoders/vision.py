@@ -96,15 +96,28 @@ def patch_features(
         class_token: keep CLIP's class token, as the first patch.
 
     Raises:
-        InputError: a layer of a timm or open_clip tower, which give their output only.
+        InputError: the tower has no such layer; those of timm and open_clip give their output only.
     """
     if layer is None:
         features = encoder(pixel_values).last_hidden_state
     elif isinstance(encoder, (SiglipVisionModel, CLIPVisionModel)):
-        features = encoder(pixel_values, output_hidden_states=True).hidden_states[layer]
+        features = _hidden_state(encoder, pixel_values, layer)
     else:
         raise InputError(f"{type(encoder).__name__} gives its output only, no layer {layer}. Use a transformers tower.")
     return features[:, 1:] if isinstance(encoder, CLIPVisionModel) and not class_token else features
+
+
+def _hidden_state(encoder: SiglipVisionModel | CLIPVisionModel, pixel_values: Tensor, layer: int) -> Tensor:
+    """The layers up to the one that is asked for: transformers' `output_hidden_states` runs all, and breaks a graph."""
+    layers = encoder.encoder.layers
+    if not -len(layers) - 1 <= layer <= len(layers):
+        raise InputError(f"A tower of {len(layers)} layers has the hidden states 0 to {len(layers)}, not {layer}.")
+    hidden = encoder.embeddings(pixel_values)
+    if isinstance(encoder, CLIPVisionModel):
+        hidden = encoder.pre_layrnorm(hidden)
+    for block in layers[: layer % (len(layers) + 1)]:
+        hidden = block(hidden, None)
+    return hidden
 
 
 class TimmEncoder(nn.Module):

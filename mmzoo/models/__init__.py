@@ -2,9 +2,19 @@
 
 from mmzoo.registry import Entry, register
 
-VIDEO = "video-text-to-text"
+VIDEO, IMAGE = "video-text-to-text", "image-text-to-text"
 _AKI = {"family": "aki", "task": VIDEO, "rule": "modality-mutual", "scheme": "sequential", "paper": "arXiv:2503.02597"}
+_LLAVA = {"family": "llava", "task": IMAGE, "rule": "causal", "scheme": "sequential", "paper": "arXiv:2310.03744"}
+_CCA = {"family": "cca_llava", "task": IMAGE, "rule": "concentric-causal", "scheme": "concentric", "paper": "arXiv:2410.15926"}  # fmt: skip  # noqa: E501
+_TC = {"family": "tc_llava", "task": VIDEO, "rule": "frame-block-causal", "scheme": "temporal-dual", "paper": "arXiv:2409.03206"}  # fmt: skip  # noqa: E501
 
 register(Entry("aki-4b", **_AKI, summary="SigLIP-so400m, Perceiver resampler, Phi-3.5-mini", weights="hf-hub:Sony/AKI-4B-phi-3.5-mini", license="cc-by-nc-4.0"))  # fmt: skip  # noqa: E501
 register(Entry("aki-tiny", **_AKI, summary="AKI's classes at test size, random weights"))
 register(Entry("aki-nano", **_AKI, summary="AKI's classes at 0.3 M parameters, trained in the synthetic world", weights="package:aki-nano", license="apache-2.0", sha256={"model.safetensors": "51a1ce238948df7e7810e26520cd99fc64da44328e282cf4b5962ab97308bd34"}))  # fmt: skip  # noqa: E501
+
+register(Entry("llava-1.5-7b", **_LLAVA, summary="CLIP-L/336, a two-layer projector, Vicuna-7B; the causal baseline", weights="hf-hub:liuhaotian/llava-v1.5-7b", license="llama2"))  # fmt: skip  # noqa: E501
+register(Entry("llava-tiny", **_LLAVA, summary="LLaVA's classes at test size, random weights"))
+register(Entry("cca-llava-7b", **_CCA, summary="LLaVA-1.5 under concentric causal attention", weights="hf-hub:xing0047/cca-llava-1.5-7b", license="llama2"))  # fmt: skip  # noqa: E501
+register(Entry("cca-llava-tiny", **_CCA, summary="CCA-LLaVA's classes at test size, random weights"))
+register(Entry("tc-llava-7b", **_TC, summary="LLaVA-1.5 on clips, under frame-wise block causal attention; no weights were released"))  # fmt: skip  # noqa: E501
+register(Entry("tc-llava-tiny", **_TC, summary="TC-LLaVA's classes at test size, random weights"))
