@@ -27,7 +27,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmzoo import masks, positions
 from mmzoo.asking import Asking
 from mmzoo.attention.compiler import prefill_cuts
-from mmzoo.attention.transformers import IMPLEMENTATIONS, backbone_mask, implementation
+from mmzoo.attention.transformers import (
+    IMPLEMENTATIONS,
+    PAIR_IMPLEMENTATIONS,
+    backbone_mask,
+    implementation,
+    implementations,
+)
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import TokenLayout, batch, lay_out, text
 
@@ -37,6 +43,9 @@ CACHE = (
     else ("past_key_values")
 )
 """What this version of transformers calls the key/value cache."""
+
+_BACKENDS = {name: attention for attention, name in (*IMPLEMENTATIONS.items(), *PAIR_IMPLEMENTATIONS.items())}
+"""transformers' name -> mmzoo's backend name."""
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -85,11 +94,23 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MultimodalConfig):
         super().__init__(config)
-        rule = masks.rule(config.rule, **config.rule_options)
-        if isinstance(rule, tuple):
-            raise UnsupportedMask("transformers", config.rule, "a pair of rules needs a two-softmax attention")
-        self.rule = rule
+        self.rule = masks.rule(config.rule, **config.rule_options)
         self.scheme = positions.scheme(config.scheme, **config.scheme_options)
+
+    def post_init(self) -> None:
+        """transformers' last step of construction; here the backbone gets attention that runs the rule."""
+        super().post_init()
+        self.set_attn_implementation(self.language_model.config._attn_implementation)
+
+    @property
+    def rule_name(self) -> str:
+        """The rule's name in the literature, or the names of a pair."""
+        return " + ".join(rule.name for rule in (self.rule if isinstance(self.rule, tuple) else (self.rule,)))
+
+    @property
+    def decodes_causally(self) -> bool:
+        """Whether decoding may use the ordinary padding mask: generated text sees its whole past in one softmax."""
+        return isinstance(self.rule, masks.Rule) and self.rule.decodes_causally
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -180,8 +201,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         """transformers' name for `set_attention`; a backend that would drop the mask is refused."""
         if not isinstance(attn_implementation, str):
             raise InputError("Give one attention backend by name; a multimodal rule covers the whole language model.")
-        names = {name: attention for attention, name in IMPLEMENTATIONS.items()}
-        self.set_attention(names.get(attn_implementation, attn_implementation))
+        self.set_attention(_BACKENDS.get(attn_implementation, attn_implementation))
 
     def mask(self, layout: TokenLayout, num_queries: int, cache: Cache | None = None) -> Any:
         """The mask of the last `num_queries` tokens of the layout, in the form that the backbone takes.
@@ -189,9 +209,11 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         One token of a rule under which generated text sees all its past takes the ordinary padding mask.
         """
         config = self.language_model.config
-        if config._attn_implementation not in IMPLEMENTATIONS.values():
-            implementation(config._attn_implementation, self.rule)
-        if num_queries == 1 and len(layout) > 1 and self.rule.decodes_causally:
+        chosen = config._attn_implementation
+        if chosen not in implementations(self.rule).values():
+            implementation(_BACKENDS.get(chosen, chosen), self.rule)
+            raise UnsupportedMask(chosen, self.rule_name, "it does not run this kind of rule; call set_attention")
+        if num_queries == 1 and len(layout) > 1 and self.decodes_causally:
             return layout.attention_mask
         return backbone_mask(self.rule, layout, num_queries, cache, config)
 
@@ -258,7 +280,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         """Whether the backbone may take mask and positions as they are."""
         if isinstance(attention_mask, dict) or (attention_mask is not None and len(attention_mask.shape) == 4):
             return position_ids is not None
-        decoding = num_queries == 1 and cache is not None and self.rule.decodes_causally
+        decoding = num_queries == 1 and cache is not None and self.decodes_causally
         return decoding and position_ids is not None
 
     def generate(self, input_ids: Tensor, layout: Tensor | TokenLayout | None = None, **kwargs: Any) -> Any:
@@ -292,7 +314,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         illegal = set(range(size, len(layout), size)) - set(prefill_cuts(self.rule, layout))
         if illegal:
             reason = f"prefill_chunk_size={size} cuts at token {min(illegal)}, where earlier tokens see later ones"
-            raise UnsupportedMask("chunked prefill", self.rule.name, reason)
+            raise UnsupportedMask("chunked prefill", self.rule_name, reason)
 
     def prepare_inputs_for_generation(
         self,

@@ -51,6 +51,8 @@ RULES = {
     "concentric-causal": masks.concentric_causal(),
     "sliding-window": masks.sliding_window(5),
     "prefix": masks.prefix(),
+    "mmca": masks.multimodal_causal(),
+    "mmca, upstream": masks.multimodal_causal(empty="uniform"),
 }
 SCHEMES = {
     "sequential": positions.sequential,
@@ -66,6 +68,7 @@ def a_model(backbone: str = "llama", rule: str = "modality-mutual", scheme: str 
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.rule, model.scheme = RULES[rule], SCHEMES[scheme]
+    model.set_attention("sdpa")
     return model
 
 

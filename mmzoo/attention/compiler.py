@@ -67,9 +67,19 @@ def allowed(rule: Rule, queries: TokenLayout, keys: TokenLayout | None = None, *
     return said if opened is None else opened | said
 
 
-def prefill_cuts(rule: Rule, layout: TokenLayout) -> list[int]:
-    """Where a prefill may be cut: every c in 1..L-1 such that no token before c sees one at or after c."""
-    length = len(layout)
-    places = torch.arange(length, device=layout.data.device)
-    last_seen = torch.where(allowed(rule, layout), places, -1).amax((0, 2)).cummax(0).values
+def prefill_cuts(rule: Rule | tuple[Rule, Rule], layout: TokenLayout) -> list[int]:
+    """Where a prefill may be cut: every c in 1..L-1 such that no token before c sees one at or after c.
+
+    What a token without an open key takes from a fallback counts as seen.
+    """
+    places = torch.arange(len(layout), device=layout.data.device)
+    seen = torch.stack([_seen(one, layout) for one in (rule if isinstance(rule, tuple) else (rule,))]).any(0)
+    last_seen = torch.where(seen, places, -1).amax((0, 2)).cummax(0).values
     return (places[1:][last_seen[:-1] < places[1:]]).tolist()
+
+
+def _seen(rule: Rule, layout: TokenLayout) -> Tensor:
+    opened = allowed(rule, layout)
+    if rule.fallback is None:
+        return opened
+    return torch.where(opened.any(-1, keepdim=True), opened, allowed(rule.fallback, layout))

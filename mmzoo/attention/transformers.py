@@ -2,11 +2,13 @@
 
 transformers lets a ready 4-D mask through to its backbones untouched; that is all that is used here. `sdpa` is
 transformers' own; `eager` is registered by mmzoo under another name, because transformers' own eager attention gives a
-query without an open key the mean of all values, and adds a boolean mask to the scores.
+query without an open key the mean of all values, and adds a boolean mask to the scores. A pair of rules is one mask
+with a channel a branch, for attention functions that run two softmaxes and add them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmzoo.attention.backends import backend, eager_attention, flex
+from mmzoo.attention.backends import WORKING, Rules, backend, eager_attention, flex
 from mmzoo.attention.compiler import allowed, compact
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
@@ -28,14 +30,30 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa", "flex_attention": "mmzoo_flex"}
 """mmzoo's backend name -> the name transformers knows it by."""
 
+PAIR_IMPLEMENTATIONS = {"eager": "mmzoo_eager_pair", "sdpa": "mmzoo_sdpa_pair"}
+"""The same for a pair of rules."""
 
-def implementation(attention: str, rule: Rule, device: torch.device | str = "cpu") -> str:
+
+def implementations(rule: Rules) -> dict[str, str]:
+    """mmzoo's backend name -> transformers' name, of what runs one rule or a pair."""
+    return PAIR_IMPLEMENTATIONS if isinstance(rule, tuple) else IMPLEMENTATIONS
+
+
+def implementation(attention: str, rule: Rules, device: torch.device | str = "cpu") -> str:
     """transformers' name of a backend that can express the rule on that device.
 
     Raises:
         UnsupportedMask: the backend cannot express it.
     """
-    return IMPLEMENTATIONS[backend(attention, rule, device=device).name]
+    rules = rule if isinstance(rule, tuple) else (rule,)
+    name = backend(attention, *rules, device=device).name
+    if name not in implementations(rule):
+        reason = "a pair of rules needs two masks in the one that transformers hands on"
+        raise UnsupportedMask(name, rules[0].name, reason, WORKING)
+    if len({one.fallback is None for one in rules}) == 2 or (len(rules) == 1 and rules[0].fallback):
+        reason = "a uniform fallback goes through transformers for both rules of a pair only"
+        raise UnsupportedMask("transformers", rules[0].name, reason)
+    return implementations(rule)[name]
 
 
 def _mmzoo_eager(
@@ -77,6 +95,34 @@ def _mmzoo_flex(
     return flex(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
+def _two_softmaxes(attention: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., Any]:
+    """An attention function run once for each branch of a mask [B, 2 or 4, Q, K], and the results added."""
+
+    def function(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if attention_mask is None or attention_mask.shape[1] not in (2, 4):
+            raise UnsupportedMask("transformers", "pair", "it needs a mask of two or four channels, made by mmzoo")
+        outputs, weights = zip(
+            *(attention(module, query, key, value, attention_mask[:, i : i + 1], *args, **kwargs) for i in (0, 1))
+        )
+        output, weight = outputs[0] + outputs[1], None if weights[0] is None else weights[0] + weights[1]
+        if attention_mask.shape[1] == 4:
+            uniform = _fallback_weights(attention_mask, value.dtype)
+            mean = (uniform @ value).repeat_interleave(query.shape[1] // value.shape[1], 1)
+            output, weight = output + mean.transpose(1, 2), None if weight is None else weight + uniform
+        return output, weight
+
+    return function
+
+
+def _fallback_weights(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, Q, K]: what rows without an open key in a branch take, the mean over the branch's fallback, both added."""
+    branches, fallbacks = mask.chunk(2, 1)
+    taken = (fallbacks & ~branches.any(-1, keepdim=True)).to(torch.float32)
+    return (taken / taken.sum(-1, keepdim=True).clamp(min=1)).sum(1, keepdim=True).to(dtype)
+
+
 def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
     """transformers' boolean mask for decoding steps, never left out in favour of an `is_causal` flag."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
@@ -85,13 +131,17 @@ def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
 for name, function, mask_function in (
     ("mmzoo_eager", _mmzoo_eager, _explicit_mask),
     ("mmzoo_flex", _mmzoo_flex, sdpa_mask),
+    ("mmzoo_eager_pair", _two_softmaxes(_mmzoo_eager), _explicit_mask),
+    ("mmzoo_sdpa_pair", _two_softmaxes(sdpa_attention_forward), _explicit_mask),
 ):
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
 
 
-def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None = None, layer: int = 0) -> Tensor:
-    """The mask of the last `num_queries` tokens of `layout` over the slots of the cache: bool [B, 1, Q, K].
+def mask_for(rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None = None, layer: int = 0) -> Tensor:
+    """The mask of the last `num_queries` tokens of `layout` over the slots of the cache: bool [B, C, Q, K].
+
+    C is 1 for one rule; 2 for a pair, one channel a branch; 4 for a pair with fallbacks, the branches and then theirs.
 
     Args:
         rule: who may look at whom.
@@ -103,7 +153,10 @@ def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | N
     rows = slice(len(layout) - num_queries, len(layout))
     slots, first = (len(layout), 0) if cache is None else cache.get_mask_sizes(num_queries, layer)
     keys = layout.padded_to(max(slots + first, len(layout)))
-    return allowed(rule, layout, keys, rows=rows)[:, None, :, first : first + slots]
+    branches = rule if isinstance(rule, tuple) else (rule,)
+    channels = (*branches, *(one.fallback for one in branches if one.fallback is not None))
+    masks = torch.stack([allowed(one, layout, keys, rows=rows) for one in channels], 1)
+    return masks[..., first : first + slots]
 
 
 def _recent(window: int) -> Rule:
@@ -113,7 +166,7 @@ def _recent(window: int) -> Rule:
 
 
 def backbone_mask(
-    rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
+    rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
 ) -> Tensor | BlockMask | dict[str, Tensor]:
     """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
@@ -122,7 +175,7 @@ def backbone_mask(
     Raises:
         UnsupportedMask: a layer is of a type that takes no mask.
     """
-    if getattr(config, "_attn_implementation", None) == "mmzoo_flex" and num_queries > 1:
+    if isinstance(rule, Rule) and getattr(config, "_attn_implementation", None) == "mmzoo_flex" and num_queries > 1:
         return _block_mask(rule, layout, num_queries, cache, config)
     types: list[str] = list(getattr(config, "layer_types", None) or ())
     if set(types) <= {"full_attention"}:
@@ -134,7 +187,8 @@ def backbone_mask(
         if kind == "sliding_attention":
             mask = mask & mask_for(_recent(config.sliding_window), layout, num_queries, cache, layer)
         elif kind != "full_attention":
-            raise UnsupportedMask("transformers", rule.name, f"layers of type {kind!r} take no mask")
+            name = (rule[0] if isinstance(rule, tuple) else rule).name
+            raise UnsupportedMask("transformers", name, f"layers of type {kind!r} take no mask")
         masks[kind] = mask
     return masks
 
