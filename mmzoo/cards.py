@@ -17,6 +17,7 @@ def card(entry: Entry) -> str:
     rules = rule if isinstance(rule, tuple) else (rule,)
     prose = resources.files("mmzoo") / "assets" / "cards" / f"{entry.name}.md"
     arxiv = entry.paper.removeprefix("arXiv:")
+    source = "picture.png" if entry.task == "image-text-to-text" else "clip.mp4"
     metadata = [
         "library_name: mmzoo",
         f"pipeline_tag: {entry.task}",
@@ -49,7 +50,7 @@ def card(entry: Entry) -> str:
         "import mmzoo",
         "",
         f'model = mmzoo.load("{entry.name}"' + (")" if entry.weights else ", weights=None)"),
-        'model.ask("clip.mp4", "what colour is the square")',
+        f'model.ask("{source}", "what colour is the square")',
         "```",
         "",
         "The mask as mmzoo declares it:",

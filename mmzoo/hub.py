@@ -64,7 +64,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, sha256: Mapping[str, str] | None = None) -> None:
-    """Look at model.safetensors, or at the shards and their index, before anything is loaded.
+    """Look at model.safetensors, at the shards and their index, or at pytorch_model.bin, before anything is loaded.
 
     Args:
         folder: the checkpoint.
@@ -73,8 +73,6 @@ def check_files(folder: Path, sha256: Mapping[str, str] | None = None) -> None:
     Raises:
         CheckpointError: a file is missing, damaged, or not the known one.
     """
-    from safetensors import SafetensorError, safe_open
-
     for name in _shards(folder):
         path = folder / name
         if not path.is_file():
@@ -85,17 +83,33 @@ def check_files(folder: Path, sha256: Mapping[str, str] | None = None) -> None:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != known:
                 raise CheckpointError(f"{path} is damaged or another file: its sha256 is {found}, not {known}.")
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
+        _shapes_in(path)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint. Raises CheckpointError if a file is damaged."""
+    return {name: shape for file in _shards(folder) for name, shape in _shapes_in(folder / file).items()}
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    import torch
+    from safetensors import safe_open
+
+    try:
+        if path.suffix == ".bin":
+            state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+            return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except Exception as error:  # safetensors, zip files and unpickling each raise classes of their own
+        raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
 
 
 def _shards(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return ["model.safetensors"]
+        old = not (folder / "model.safetensors").is_file() and (folder / "pytorch_model.bin").is_file()
+        return ["pytorch_model.bin" if old else "model.safetensors"]
     try:
         described = json.loads(index.read_text())
         if "metadata" not in described:  # transformers needs it

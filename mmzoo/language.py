@@ -130,6 +130,10 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         count, tokens = self.visual_tokens(pixel_values).shape[:2]
         return torch.eye(tokens, device=pixel_values.device).expand(count, -1, -1)
 
+    def word_embeddings(self, input_ids: Tensor, layout: TokenLayout | None) -> Tensor:
+        """Embeddings [B, Q, D] of ids alone; `layout` is None while decoding."""
+        return self.get_input_embeddings()(input_ids)
+
     def embed(self, input_ids: Tensor, layout: TokenLayout | None, pixel_values: Tensor | None = None) -> Tensor:
         """Embeddings [B, Q, D] of the tokens, media in their places.
 
@@ -141,7 +145,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         Raises:
             InputError: pixels and visual tokens do not agree.
         """
-        embeddings = self.get_input_embeddings()(input_ids)
+        embeddings = self.word_embeddings(input_ids, layout)
         if pixel_values is None:
             if layout is not None and not torch.compiler.is_compiling() and bool(layout.visual.any()):
                 raise InputError("The layout has visual tokens, but no pixel_values were given.")
