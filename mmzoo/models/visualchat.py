@@ -175,7 +175,7 @@ class VisualChat(MultimodalLM):
         """
         options = kwargs.get("generation_config") or self.generation_config
         chosen = {**{name: getattr(options, name, None) for name in _MIXING}, **kwargs}
-        mixing = [name for name in _MIXING if chosen[name] is not None and (name == "use_cache") != bool(chosen[name])]
+        mixing = [name for name in _MIXING if (chosen[name] is False if name == "use_cache" else chosen[name])]
         if self.lang_embed is not None and mixing:
             raise InputError(
                 f"This model embeds prompt and decoded tokens by two tables, which {mixing[0]}={chosen[mixing[0]]!r} "
@@ -302,18 +302,18 @@ class VisualChatProcessor(MultimodalProcessor):
         """The ids of one sample's rounds; each is cut at max_length by itself, before its end-of-sequence token.
 
         Raises:
-            InputError: a round's answer would be cut off whole.
+            InputError: a round's answer marker is not among its ids, so that prompt and answer cannot be told apart.
         """
         rounds, ids, marker = text.split(self.tokenizer.eos_token), [], self.marker_ids(self.answer_marker)
         for i, one in enumerate(rounds):
             if one or i < len(rounds) - 1:
-                whole = super().encode(one, add_special_tokens=add_special_tokens)
-                if max_length is not None and _holds(whole, marker) and not _holds(whole[:max_length], marker):
+                kept = super().encode(one, add_special_tokens=add_special_tokens, max_length=max_length)
+                if self.answer_marker in one and not _holds(kept, marker):
                     raise InputError(
-                        f"Round {i + 1} has its answer after {max_length} tokens, where it is cut. Give a larger "
-                        "max_length, or leave the sample out."
+                        f"The marker {self.answer_marker!r} of round {i + 1} is not among the {len(kept)} ids: it was "
+                        f"cut off (max_length={max_length}), or the tokenizer joins it with what stands before."
                     )
-                ids += whole[:max_length]
+                ids += kept
             if i < len(rounds) - 1:
                 ids.append(self.tokenizer.eos_token_id)
         return ids
