@@ -296,8 +296,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             **kwargs: media, and every option of transformers' `generate`.
 
         Raises:
-            InputError: padding on the right, where new tokens would follow padding; or `prefill_chunk_size` cuts a
-                prompt with media.
+            InputError: padding on the right, where new tokens would follow padding; or `prefill_chunk_size` with media.
             UnsupportedMask: `prefill_chunk_size` cuts where earlier tokens see later ones.
         """
         if layout is None:
@@ -316,11 +315,8 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         size = kwargs.get("prefill_chunk_size") or options.prefill_chunk_size
         if not size:
             return
-        if kwargs.get("pixel_values") is not None and size < len(layout):
-            raise InputError(
-                f"prefill_chunk_size={size} would cut a prompt of {len(layout)} tokens with pixel_values, which are placed "
-                "in one pass. Leave prefill_chunk_size out."
-            )
+        if kwargs.get("pixel_values") is not None:
+            raise InputError(f"prefill_chunk_size={size}: media are placed in one pass. Leave prefill_chunk_size out.")
         illegal = set(range(size, len(layout), size)) - set(prefill_cuts(self.rule, layout))
         if illegal:
             reason = f"prefill_chunk_size={size} cuts at token {min(illegal)}, where earlier tokens see later ones"

@@ -112,7 +112,6 @@ class VisualChat(MultimodalLM):
 
     config: VisualChatConfig
     config_class = VisualChatConfig
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$"]  # buffers, once saved
 
     def __init__(self, config: VisualChatConfig):
         super().__init__(config)
