@@ -72,10 +72,10 @@ class Asking:
         answer, tokens = self._answered(inputs, media, max_new_tokens)
         layout = TokenLayout(inputs["layout"])
         told = layout if len(tokens) == 1 else layout.with_answer(len(tokens) - 1)
-        ids = torch.cat([inputs["input_ids"], tokens[None, :-1]], 1)
         pixels = inputs["pixel_values"]
         with torch.no_grad(), self._eager():
-            outputs = self(ids, told, pixels, output_attentions=True)
+            asked, said = self.embed(inputs["input_ids"], layout, pixels), self.embed(tokens[None, :-1], None)
+            outputs = self(inputs_embeds=torch.cat([asked, said], 1), layout=told, output_attentions=True)
             patches = self.patch_weights(pixels[0].to(self.dtype))
         rows = torch.stack([layer[0, :, len(layout) - 1 :] for layer in outputs.attentions])
         frames = media["video"].frames if "video" in media else np.asarray(read_image(media["image"]))[None]

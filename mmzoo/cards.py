@@ -18,6 +18,7 @@ def card(entry: Entry) -> str:
     prose = resources.files("mmzoo") / "assets" / "cards" / f"{entry.name}.md"
     source = "picture.jpg" if entry.task == "image-text-to-text" else "clip.mp4"
     arxiv = entry.paper.removeprefix("arXiv:")
+    source = "picture.png" if entry.task == "image-text-to-text" else "clip.mp4"
     metadata = [
         "library_name: mmzoo",
         f"pipeline_tag: {entry.task}",

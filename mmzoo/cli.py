@@ -100,7 +100,8 @@ def attend(
     maps = _load(name, device=device).attend(video or image, question)
     _print_answers([(question, maps.answer, None)])
     shares = {kind: float(share.mean(0).mean(0)[0]) for kind, share in maps.by_class().items()}
-    console.print("looked at " + ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items()))
+    whole = sum(shares.values())  # 2 where two softmaxes are added
+    console.print("looked at " + ", ".join(f"{kind} {100 * share / whole:.0f} %" for kind, share in shares.items()))
     console.print(f"drawn in {maps.draw(output, layer=layer, head=head)}")
 
 

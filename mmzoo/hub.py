@@ -96,7 +96,7 @@ def check_files(folder: Path, sha256: Mapping[str, str] | None = None) -> None:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != known:
                 raise CheckpointError(f"{path} is damaged or another file: its sha256 is {found}, not {known}.")
-        _check_opens(path)
+        _shapes_in(path)
 
 
 def read_tensors(folder: Path, sha256: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
@@ -112,31 +112,40 @@ def read_tensors(folder: Path, sha256: Mapping[str, str] | None = None) -> dict[
     return tensors
 
 
-def _check_opens(path: Path) -> None:
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint. Raises CheckpointError if a file is damaged."""
+    return {name: shape for file in _shards(folder) for name, shape in _shapes_in(folder / file).items()}
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
-    if path.suffix != ".safetensors":
-        _tensors(path)
-        return
+    if path.suffix == ".bin":
+        return {name: tuple(tensor.shape) for name, tensor in _unpickled(path, "meta").items()}
     try:
-        with safe_open(path, "pt"):
-            pass
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    import torch
     from safetensors.torch import load_file
 
-    if path.suffix == ".safetensors":
-        return load_file(path)
+    return _unpickled(path, "cpu") if path.suffix == ".bin" else load_file(path)
+
+
+def _unpickled(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save; code in it is refused, never run."""
+    import torch
+
     try:
         mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and are read whole
-        return dict(torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
+        return dict(torch.load(path, map_location=device, mmap=mapped, weights_only=True))
     except Exception as error:  # torch raises classes of its own, of pickle and of the standard library
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors: {error}. Download or copy it again."
+            f"{path} is damaged, or holds more than tensors: {said} Download or copy it again."
         ) from error
 
 
@@ -184,7 +193,7 @@ def load_from(
     _check_packages(loading)
     folder = locate(place)
     described = read_config(folder)
-    check_files(folder, entry.sha256 if entry else None)
+    check_files(folder, entry.sha256 if entry and place == entry.weights else None)
     module, tensors = families().get(described.get("model_type", "")), None
     if module is not None:
         config = module.MODEL.config_class.from_pretrained(folder)

@@ -27,7 +27,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmzoo import masks, positions
 from mmzoo.asking import Asking
 from mmzoo.attention.compiler import looks_ahead, prefill_cuts
-from mmzoo.attention.transformers import IMPLEMENTATIONS, backbone_mask, implementation, passed_on
+from mmzoo.attention.transformers import (
+    IMPLEMENTATIONS,
+    PAIR_IMPLEMENTATIONS,
+    Pair,
+    backbone_mask,
+    implementation,
+    implementations,
+    passed_on,
+)
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import Modality, Role, TokenLayout, batch, lay_out, text
 
@@ -37,6 +45,9 @@ CACHE = (
     else ("past_key_values")
 )
 """What this version of transformers calls the key/value cache."""
+
+_BACKENDS = {name: attention for attention, name in (*IMPLEMENTATIONS.items(), *PAIR_IMPLEMENTATIONS.items())}
+"""transformers' name -> mmzoo's backend name."""
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -85,11 +96,23 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MultimodalConfig):
         super().__init__(config)
-        rule = masks.rule(config.rule, **config.rule_options)
-        if isinstance(rule, tuple):
-            raise UnsupportedMask("transformers", config.rule, "a pair of rules needs a two-softmax attention")
-        self.rule = rule
+        self.rule = masks.rule(config.rule, **config.rule_options)
         self.scheme = positions.scheme(config.scheme, **config.scheme_options)
+
+    def post_init(self) -> None:
+        """transformers' last step of construction; here the backbone gets attention that runs the rule."""
+        super().post_init()
+        self.set_attn_implementation(self.language_model.config._attn_implementation)
+
+    @property
+    def rule_name(self) -> str:
+        """The rule's name in the literature, or the names of a pair."""
+        return " + ".join(rule.name for rule in (self.rule if isinstance(self.rule, tuple) else (self.rule,)))
+
+    @property
+    def decodes_causally(self) -> bool:
+        """Whether decoding may use the ordinary padding mask: generated text sees its whole past in one softmax."""
+        return isinstance(self.rule, masks.Rule) and self.rule.decodes_causally
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -109,6 +132,10 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         count, tokens = self.visual_tokens(pixel_values).shape[:2]
         return torch.eye(tokens, device=pixel_values.device).expand(count, -1, -1)
 
+    def word_embeddings(self, input_ids: Tensor, layout: TokenLayout | None) -> Tensor:
+        """Embeddings [B, Q, D] of ids alone; `layout` is None while decoding."""
+        return self.get_input_embeddings()(input_ids)
+
     def embed(self, input_ids: Tensor, layout: TokenLayout | None, pixel_values: Tensor | None = None) -> Tensor:
         """Embeddings [B, Q, D] of the tokens, media in their places.
 
@@ -120,7 +147,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         Raises:
             InputError: pixels and visual tokens do not agree.
         """
-        embeddings = self.get_input_embeddings()(input_ids)
+        embeddings = self.word_embeddings(input_ids, layout)
         if pixel_values is None:
             if layout is not None and not torch.compiler.is_compiling() and bool(layout.visual.any()):
                 raise InputError("The layout has visual tokens, but no pixel_values were given.")
@@ -183,8 +210,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         """transformers' name for `set_attention`; a backend that would drop the mask is refused."""
         if not isinstance(attn_implementation, str):
             raise InputError("Give one attention backend by name; a multimodal rule covers the whole language model.")
-        names = {name: attention for attention, name in IMPLEMENTATIONS.items()}
-        self.set_attention(names.get(attn_implementation, attn_implementation))
+        self.set_attention(_BACKENDS.get(attn_implementation, attn_implementation))
 
     def mask(self, layout: TokenLayout, num_queries: int, cache: Cache | None = None) -> Any:
         """The mask of the last `num_queries` tokens of the layout, in the form that the backbone takes.
@@ -192,9 +218,11 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         One token of a rule under which generated text sees all its past takes the ordinary padding mask.
         """
         config = self.language_model.config
-        if config._attn_implementation not in IMPLEMENTATIONS.values():
-            implementation(config._attn_implementation, self.rule)
-        if num_queries == 1 and len(layout) > 1 and self.rule.decodes_causally:
+        chosen = config._attn_implementation
+        if chosen not in implementations(self.rule).values():
+            implementation(_BACKENDS.get(chosen, chosen), self.rule)
+            raise UnsupportedMask(chosen, self.rule_name, "it does not run this kind of rule; call set_attention")
+        if num_queries == 1 and len(layout) > 1 and self.decodes_causally:
             return layout.attention_mask
         return backbone_mask(self.rule, layout, num_queries, cache, config)
 
@@ -267,20 +295,22 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         if cut == 0 or torch.compiler.is_compiling():
             return
         answers = (last.role == int(Role.ANSWER)) & (last.modality == int(Modality.TEXT))
-        if num_queries == 1 and self.rule.decodes_causally and bool(answers.all()):
+        if num_queries == 1 and self.decodes_causally and bool(answers.all()):
             return
         if looks_ahead(self.rule, layout, cut):
             reason = f"it ends at token {cut}, where earlier tokens see later ones"
-            raise UnsupportedMask("a cache", self.rule.name, reason)
+            raise UnsupportedMask("a cache", self.rule_name, reason)
 
     def _is_ready(
         self, attention_mask: Any, position_ids: Tensor | None, num_queries: int, cache: Cache | None
     ) -> bool:
         """Whether the backbone may take mask and positions as they are."""
-        if isinstance(attention_mask, (dict, tuple)) or (attention_mask is not None and len(attention_mask.shape) == 4):
+        if isinstance(attention_mask, (dict, tuple, Pair)) or (
+            attention_mask is not None and len(attention_mask.shape) == 4
+        ):
             _check_finished(attention_mask, position_ids)
             return True
-        decoding = num_queries == 1 and cache is not None and self.rule.decodes_causally
+        decoding = num_queries == 1 and cache is not None and self.decodes_causally
         return decoding and position_ids is not None
 
     def generate(self, input_ids: Tensor, layout: Tensor | TokenLayout | None = None, **kwargs: Any) -> Any:
@@ -292,7 +322,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             **kwargs: media, and every option of transformers' `generate`.
 
         Raises:
-            InputError: padding on the right, where new tokens would follow padding.
+            InputError: padding on the right, where new tokens would follow padding; or `prefill_chunk_size` with media.
             UnsupportedMask: `prefill_chunk_size` cuts where earlier tokens see later ones.
         """
         if layout is None:
@@ -311,10 +341,12 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         size = kwargs.get("prefill_chunk_size") or options.prefill_chunk_size
         if not size:
             return
+        if kwargs.get("pixel_values") is not None:
+            raise InputError(f"prefill_chunk_size={size}: media are placed in one pass. Leave prefill_chunk_size out.")
         illegal = set(range(size, len(layout), size)) - set(prefill_cuts(self.rule, layout))
         if illegal:
             reason = f"prefill_chunk_size={size} cuts at token {min(illegal)}, where earlier tokens see later ones"
-            raise UnsupportedMask("chunked prefill", self.rule.name, reason)
+            raise UnsupportedMask("chunked prefill", self.rule_name, reason)
 
     def prepare_inputs_for_generation(
         self,

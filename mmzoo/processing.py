@@ -65,6 +65,10 @@ class MultimodalProcessor(ProcessorMixin):
         """The tokens of one medium, from its pixels [F, C, H, W]. Here every frame of a clip stands as one image."""
         return [self.image_span(frame) for frame in pixels]
 
+    def frame_places(self, count: int, before: int) -> str:
+        """The text in which the `count` spans of a clip stand, after `before` spans of earlier media."""
+        return IMAGE * count
+
     def prompt(self, question: str, media: str = "") -> str:
         """The text that puts a question; `media` holds the places of what it is about."""
         raise NotImplementedError
@@ -83,6 +87,7 @@ class MultimodalProcessor(ProcessorMixin):
         *,
         padding_side: str = "left",
         max_length: int | None = None,
+        pad_to_multiple_of: int = 1,
         labels: bool = False,
         add_special_tokens: bool = True,
     ) -> BatchFeature:
@@ -94,6 +99,7 @@ class MultimodalProcessor(ProcessorMixin):
             videos: likewise: anything `read_video` takes, or a `Video`.
             padding_side: "left" to generate, "right" to train.
             max_length: longer texts are cut, before media take their places.
+            pad_to_multiple_of: pad to a length that this divides.
             labels: add labels: the ids of answer text, -100 elsewhere.
             add_special_tokens: let the tokenizer add its own (beginning of sequence).
 
@@ -116,7 +122,9 @@ class MultimodalProcessor(ProcessorMixin):
             ids.append(sample_ids)
             layouts.append(layout)
             pixels.append(media)
-        return self.collate(ids, layouts, pixels, padding_side=padding_side, labels=labels)
+        return self.collate(
+            ids, layouts, pixels, padding_side=padding_side, pad_to_multiple_of=pad_to_multiple_of, labels=labels
+        )
 
     def ask(self, question: str, *, image: Any = None, video: Any = None) -> BatchFeature:
         """The inputs for one question about an image or a video."""
@@ -153,10 +161,12 @@ class MultimodalProcessor(ProcessorMixin):
         pixels: Sequence[Sequence[torch.Tensor]],
         *,
         padding_side: str = "left",
+        pad_to_multiple_of: int = 1,
         labels: bool = False,
     ) -> BatchFeature:
         """Samples as one batch, padded on one side; `pixels` holds the media [F, C, H, W] of every sample in order."""
-        layout = batch(layouts, padding_side)
+        longest = max(len(layout) for layout in layouts)
+        layout = batch(layouts, padding_side, longest + -longest % pad_to_multiple_of)
         input_ids = torch.full(layout.sample.shape, self.tokenizer.pad_token_id)
         input_ids[layout.valid] = torch.tensor([token for sample in ids for token in sample], dtype=torch.long)
         data = {"input_ids": input_ids, "attention_mask": layout.attention_mask, "layout": layout.data}
@@ -188,13 +198,15 @@ class MultimodalProcessor(ProcessorMixin):
             IMAGE: iter([[read_image(image)] for image in images]),
             VIDEO: iter([self._frames(video) for video in videos]),
         }
-        pixels, spans, expanded = [], [], []
+        pixels, expanded = [], []
+        spans: list[Span] = []
         for piece in _split_at_places(text):
             if piece in frames_of:
                 pixels.append(self.pixels(next(frames_of[piece])))
                 standing = self.spans(pixels[-1], Modality.VIDEO if piece == VIDEO else Modality.IMAGE)
+                count, before = len(standing), len(spans)
                 spans += standing
-                piece = IMAGE * len(standing)
+                piece = self.frame_places(count, before) if piece == VIDEO else IMAGE * count
             expanded.append(piece)
         return pixels, spans, "".join(expanded)
 

@@ -148,8 +148,8 @@ def temporal_layouts(case: Case) -> Iterator[Comparison]:
 
 
 def _segment_layout(segments: Tensor) -> TokenLayout:
-    """VisualChat's segment vector [1, L]: 0 padding, 1 text, 2 image."""
-    layout = lay_out(text(segments.shape[1]))
+    """VisualChat's segment vector [B, L]: 0 padding, 1 text, 2 image."""
+    layout = batch([lay_out(text(segments.shape[1]))] * len(segments))
     layout = layout.field("modality", torch.where(segments == 2, Modality.IMAGE, Modality.TEXT))
     return layout.field("sample", torch.where(segments == 0, -1, 0))
 
@@ -442,9 +442,11 @@ RUNNERS: dict[tuple[str, str, str], Runner] = {
 
 def run_case(case: Case) -> list[Comparison] | None:
     """The comparisons of one case; None if no runner knows it."""
-    from parity_llava import LLAVA_RUNNERS  # which builds on this module
+    import parity_llava  # which build on this module
+    import parity_visualchat
 
-    for (system, kind, beginning), runner in (RUNNERS | LLAVA_RUNNERS).items():
+    runners = RUNNERS | parity_llava.RUNNERS | parity_visualchat.RUNNERS
+    for (system, kind, beginning), runner in runners.items():
         if (case.system, case.kind) == (system, kind) and case.name.startswith(beginning):
             return list(runner(case))
     return None

@@ -205,7 +205,7 @@ def _layer_outputs(
         yield close(f"{name} {attention}", output, case.expected[name])
 
 
-LLAVA_RUNNERS: dict[tuple[str, str, str], Runner] = {
+RUNNERS: dict[tuple[str, str, str], Runner] = {
     ("cca-llava", "module", "attention"): concentric_attention,
     ("cca-llava", "model", ""): concentric_model,
     ("cca-llava", "text", "prompts"): llava_prompts,

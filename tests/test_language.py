@@ -10,10 +10,17 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+)
 
 from mmzoo import masks, positions
-from mmzoo.attention import prefill_cuts
+from mmzoo.attention import attend, prefill_cuts
+from mmzoo.attention.transformers import implementation, mask_for
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.language import CACHE, LanguageModel, MultimodalConfig
 from mmzoo.layout import Role, TokenLayout, batch, image, lay_out, pack, text, video
@@ -51,6 +58,8 @@ RULES = {
     "concentric-causal": masks.concentric_causal(),
     "sliding-window": masks.sliding_window(5),
     "prefix": masks.prefix(),
+    "mmca": masks.multimodal_causal(),
+    "mmca, upstream": masks.multimodal_causal(empty="uniform"),
 }
 SCHEMES = {
     "sequential": positions.sequential,
@@ -66,6 +75,7 @@ def a_model(backbone: str = "llama", rule: str = "modality-mutual", scheme: str 
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.rule, model.scheme = RULES[rule], SCHEMES[scheme]
+    model.set_attention("sdpa")
     return model
 
 
@@ -193,6 +203,50 @@ def test_a_prefill_may_be_cut_where_nothing_looks_ahead() -> None:
         for start, end in zip(cuts, cuts[1:])
     ]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids, layout).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rule", "cuts"), [("mmca", list(range(1, 9))), ("mmca, upstream", [7, 8])])
+def test_a_pair_is_cut_where_neither_branch_nor_its_fallback_looks_ahead(rule: str, cuts: list[int]) -> None:
+    assert prefill_cuts(RULES[rule], lay_out(text(3), image(2, 2), text(2))) == cuts
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("backbone", ["llama", "qwen2, sliding layers"])
+def test_a_pair_answers_in_a_batch_as_alone(backbone: str, cache: str | None) -> None:
+    model = a_model(backbone, "mmca, upstream")
+    ids, layout, alone = a_batch()
+    options = {**GREEDY, "num_beams": 2, "cache_implementation": cache}
+    together = model.generate(ids, layout, **options)[:, ids.shape[1] :]
+    for i, (own_ids, own_layout) in enumerate(zip(alone, samples(), strict=True)):
+        assert together[i].tolist() == model.generate(own_ids, own_layout, **options)[0, own_ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("rule", ["mmca", "mmca, upstream"])
+def test_a_pair_attends_in_a_backbone_as_it_does_by_itself(rule: str) -> None:
+    layout, branches = samples()[1], RULES[rule]
+    shapes = [(1, 4, len(layout), 8), (1, 2, len(layout), 8), (1, 2, len(layout), 8)]
+    mask, generator = mask_for(branches, layout, len(layout)), torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    module = torch.nn.Module().eval()
+    module.num_key_value_groups = 2
+    expected = attend(*leaves, branches, layout, attention="eager").transpose(1, 2)
+    weight = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    gradients = torch.autograd.grad((expected * weight).sum(), leaves)
+    for name in ("eager", "sdpa"):
+        function = AttentionInterface()[implementation(name, branches)]
+        output, weights = function(module, *leaves, mask)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(torch.autograd.grad((output * weight).sum(), leaves), gradients)
+        if name == "eager":
+            values = leaves[2].repeat_interleave(2, 1)
+            torch.testing.assert_close((weights @ values).transpose(1, 2), expected)
+
+
+def test_a_fallback_for_half_a_pair_or_for_one_rule_is_refused() -> None:
+    clean, uniform = RULES["mmca"], RULES["mmca, upstream"]
+    for rule in (uniform[0], (uniform[0], clean[1])):
+        with pytest.raises(UnsupportedMask, match="uniform fallback"):
+            implementation("sdpa", rule)
 
 
 def test_generate_cuts_a_prefill_only_where_it_may() -> None:

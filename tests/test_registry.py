@@ -248,3 +248,14 @@ def test_errors_survive_the_way_from_another_process(error: Exception) -> None:
     again = copy.copy(error)
     assert type(again) is type(error)
     assert (str(again), vars(again)) == (str(error), vars(error))
+
+
+def test_digests_hold_for_the_weights_they_were_taken_of(own_registry: None, saved: Path, tmp_path: Path) -> None:
+    digests = {"model.safetensors": "0" * 64}
+    mmzoo.register(
+        replace(registry.entry("aki-tiny"), name="aki-known", weights=str(saved), license="mit", sha256=digests)
+    )
+    with pytest.raises(CheckpointError, match="sha256"):
+        mmzoo.load("aki-known")
+    own = shutil.copytree(saved, tmp_path / "retrained")
+    assert mmzoo.load("aki-known", weights=str(own)).processor is not None

@@ -163,7 +163,7 @@ def test_flex_attention_agrees_with_eager(name: str, uncompiled: None) -> None:
     torch.testing.assert_close(flex, eager, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["modality-mutual", "frame-block-causal", "sliding-window"])
+@pytest.mark.parametrize("rule", ["modality-mutual", "frame-block-causal", "sliding-window", "mmca"])
 def test_a_language_model_prefills_under_a_block_mask_and_decodes_with_sdpa(rule: str, uncompiled: None) -> None:
     from test_language import GREEDY, a_batch, a_model
 

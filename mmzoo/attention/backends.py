@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmzoo.attention import varlen
-from mmzoo.attention.compiler import allowed, compact
+from mmzoo.attention.compiler import Rules, allowed, compact
 from mmzoo.errors import InputError, MissingExtra, UnsupportedMask
 from mmzoo.layout import Role, TokenLayout, image, lay_out, text, video
 from mmzoo.masks.rule import Rule
@@ -24,9 +24,6 @@ from mmzoo_kernels.masks import CompactMask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-Rules = Rule | tuple[Rule, Rule]
-"""One softmax, or the pair of a two-softmax attention."""
 
 WORKING = ("sdpa", "eager")
 

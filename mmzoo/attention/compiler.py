@@ -13,6 +13,9 @@ from mmzoo.layout import TokenLayout
 from mmzoo.masks.rule import Rule, Term
 from mmzoo_kernels.masks import HIGHEST, LOWEST, OUTSIDE, CompactMask
 
+Rules = Rule | tuple[Rule, Rule]
+"""One softmax, or the pair of a two-softmax attention."""
+
 
 def compact(rule: Rule, queries: TokenLayout, keys: TokenLayout | None = None) -> CompactMask:
     """The compact arrays of a rule's terms. `keys` defaults to the queries (self-attention).
@@ -67,16 +70,26 @@ def allowed(rule: Rule, queries: TokenLayout, keys: TokenLayout | None = None, *
     return said if opened is None else opened | said
 
 
-def looks_ahead(rule: Rule, layout: TokenLayout, cut: int) -> bool:
-    """Whether a token before `cut` sees one at or after it; in time and memory cut * (L - cut)."""
-    if rule.function is not None:
-        return bool(allowed(rule, layout)[:, :cut, cut:].any())
+def looks_ahead(rule: Rules, layout: TokenLayout, cut: int) -> bool:
+    """Whether a token before `cut` sees one at or after it."""
+    if isinstance(rule, tuple) or rule.function is not None:
+        return cut not in prefill_cuts(rule, layout)
     return bool(compact(rule, layout).rows(slice(cut)).columns(slice(cut, None)).dense().any())
 
 
-def prefill_cuts(rule: Rule, layout: TokenLayout) -> list[int]:
-    """Where a prefill may be cut: every c in 1..L-1 such that no token before c sees one at or after c."""
-    length = len(layout)
-    places = torch.arange(length, device=layout.data.device)
-    last_seen = torch.where(allowed(rule, layout), places, -1).amax((0, 2)).cummax(0).values
+def prefill_cuts(rule: Rules, layout: TokenLayout) -> list[int]:
+    """Where a prefill may be cut: every c in 1..L-1 such that no token before c sees one at or after c.
+
+    What a token without an open key takes from a fallback counts as seen.
+    """
+    places = torch.arange(len(layout), device=layout.data.device)
+    seen = torch.stack([_seen(one, layout) for one in (rule if isinstance(rule, tuple) else (rule,))]).any(0)
+    last_seen = torch.where(seen, places, -1).amax((0, 2)).cummax(0).values
     return (places[1:][last_seen[:-1] < places[1:]]).tolist()
+
+
+def _seen(rule: Rule, layout: TokenLayout) -> Tensor:
+    opened = allowed(rule, layout)
+    if rule.fallback is None:
+        return opened
+    return torch.where(opened.any(-1, keepdim=True), opened, allowed(rule.fallback, layout))

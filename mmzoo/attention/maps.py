@@ -30,7 +30,8 @@ class AttentionMaps:
     Attributes:
         answer: what was said.
         tokens: the A words of the answer, the end token included.
-        weights: float32 [layers, heads, A, L]: row a is the query that predicted answer token a; rows sum to 1.
+        weights: float32 [layers, heads, A, L]: row a is the query that predicted answer token a; rows sum to 1, under a
+            pair of rules to the number of softmaxes that see a key.
         layout: of the L tokens.
         patch_weights: float32 [N, V, P]: how much each visual token took from each patch of its frame.
         frames: uint8 [N, H, W, 3]: what was shown.
@@ -44,7 +45,7 @@ class AttentionMaps:
     frames: np.ndarray
 
     def by_class(self) -> dict[str, Tensor]:
-        """Token class -> its share [layers, heads, A] of each row; the shares sum to 1."""
+        """Token class -> its part [layers, heads, A] of each row; the parts sum to what the row sums to."""
         names = token_classes(self.layout)
         return {
             name: self.weights[..., torch.tensor([other == name for other in names])].sum(-1)
@@ -57,11 +58,11 @@ class AttentionMaps:
         return visual.unflatten(-1, (len(self.frames), -1))
 
     def by_frame(self) -> Tensor:
-        """[layers, heads, A, N]: the share of each image or frame."""
+        """[layers, heads, A, N]: the part of each image or frame."""
         return self.by_token().sum(-1)
 
     def by_patch(self) -> Tensor:
-        """[layers, heads, A, N, P]: the share of each patch, through the connector's own attention."""
+        """[layers, heads, A, N, P]: the part of each patch, through the connector's own attention."""
         return torch.einsum("...nv,nvp->...np", self.by_token(), self.patch_weights)
 
     def draw(self, path: str | Path, *, token: int = 0, layer: int | None = None, head: int | None = None) -> Path:

@@ -2,12 +2,15 @@
 
 transformers lets a ready 4-D mask through to its backbones untouched; that is all that is used here. `sdpa` is
 transformers' own; `eager` is registered by mmzoo under another name, because transformers' own eager attention gives a
-query without an open key the mean of all values, and adds a boolean mask to the scores.
+query without an open key the mean of all values, and adds a boolean mask to the scores. What is no 4-D mask travels
+beside an empty one. A pair of rules is one mask with a channel a branch, for attention functions that run two softmaxes
+and add them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmzoo.attention.backends import BACKENDS, Flash, backend, eager_attention, flex
-from mmzoo.attention.compiler import allowed, compact
+from mmzoo.attention.backends import BACKENDS, WORKING, Flash, backend, eager_attention, flex
+from mmzoo.attention.compiler import Rules, allowed, compact
 from mmzoo.attention.varlen import Call, calls
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
@@ -26,6 +29,9 @@ from mmzoo.masks.rule import Rule, after, everything, see
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+"""transformers' attention function: output [B, Q, H, D], and weights [B, H, Q, K] or None."""
 
 FLASH = {
     "varlen": "mmzoo_varlen",
@@ -36,15 +42,33 @@ FLASH = {
 IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa", "flex_attention": "mmzoo_flex", **FLASH}
 """mmzoo's backend name -> the name transformers knows it by."""
 
+PAIR_IMPLEMENTATIONS = {name: f"mmzoo_{name.replace('flash_attention', 'varlen')}_pair" for name in IMPLEMENTATIONS}
+"""The same for a pair of rules."""
 
-def implementation(attention: str, rule: Rule, device: torch.device | str = "cpu", head_dim: int | None = None) -> str:
+FUSED = ("flex_attention", *FLASH)
+
+
+def implementations(rule: Rules) -> dict[str, str]:
+    """mmzoo's backend name -> transformers' name, of what runs one rule or a pair."""
+    return PAIR_IMPLEMENTATIONS if isinstance(rule, tuple) else IMPLEMENTATIONS
+
+
+def implementation(attention: str, rule: Rules, device: torch.device | str = "cpu", head_dim: int | None = None) -> str:
     """transformers' name of a backend that can express the rule on that device, with heads of that size.
 
     Raises:
         UnsupportedMask: the backend cannot express it.
         MissingExtra: its package is not installed.
     """
-    return IMPLEMENTATIONS[backend(attention, rule, device=device, head_dim=head_dim).name]
+    rules = rule if isinstance(rule, tuple) else (rule,)
+    name = backend(attention, *rules, device=device, head_dim=head_dim).name
+    fallbacks = [one for one in rules if one.fallback is not None]
+    if fallbacks and len(fallbacks) != 2:
+        reason = "a uniform fallback goes through transformers for both rules of a pair only"
+        raise UnsupportedMask("transformers", rules[0].name, reason)
+    if fallbacks and name in FUSED:
+        raise UnsupportedMask(name, rules[0].name, "its uniform fallback needs the dense mask", WORKING)
+    return implementations(rule)[name]
 
 
 def _mmzoo_eager(
@@ -56,16 +80,10 @@ def _mmzoo_eager(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     _refuse_more_than_a_mask("eager", kwargs)
     output, weights = eager_attention(query, key, value, attention_mask, scaling, dropout if module.training else 0.0)
     return output.transpose(1, 2).contiguous(), weights
-
-
-def _refuse_more_than_a_mask(name: str, kwargs: dict[str, Any]) -> None:
-    for extra in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(extra) is not None:
-            raise UnsupportedMask(name, "any", f"this backbone's attention needs {extra}", ["sdpa"])
 
 
 def _mmzoo_flex(
@@ -86,7 +104,7 @@ def _mmzoo_flex(
     return flex(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
-def _flash_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _flash_function(name: str) -> Attention:
     def mmzoo_flash(
         module: nn.Module,
         query: Tensor,
@@ -110,6 +128,12 @@ def _flash_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return mmzoo_flash
 
 
+def _refuse_more_than_a_mask(name: str, kwargs: dict[str, Any]) -> None:
+    for extra in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(extra) is not None:
+            raise UnsupportedMask(name, "any", f"this backbone's attention needs {extra}", ["sdpa"])
+
+
 def _refuse_dense(name: str, query: Tensor) -> None:
     """Only a decoding step, one query, runs under an ordinary mask."""
     if query.shape[2] > 1:
@@ -122,14 +146,51 @@ def _refuse_dropout(name: str, module: nn.Module, dropout: float) -> None:
         raise UnsupportedMask(name, "any", "it has no dropout", ["sdpa"])
 
 
-def passed_on(mask: Any) -> dict[str, Any]:
-    """How a mask made by `backbone_mask` is handed to a backbone: flash calls travel beside an empty mask."""
-    return {"attention_mask": None, "flash_calls": mask} if isinstance(mask, tuple) else {"attention_mask": mask}
+def _two_softmaxes(attention: Attention) -> Attention:
+    """An attention function run once for each branch, and the results added.
+
+    Branches are channels of a mask [B, 2 or 4, Q, K], or what `passed_on` makes of a `Pair`.
+    """
+
+    def mmzoo_pair(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        branches: tuple[dict[str, Any], dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if branches is not None:
+            (one, _), (other, _) = (attention(module, query, key, value, **branch, **kwargs) for branch in branches)
+            return one + other, None
+        if attention_mask is None or attention_mask.shape[1] not in (2, 4):
+            raise UnsupportedMask("transformers", "pair", "it needs a mask of two or four channels, made by mmzoo")
+        channels = [attention_mask[:, i : i + 1] for i in (0, 1)]
+        (one, weights), (other, more) = (
+            attention(module, query, key, value, channel, **kwargs) for channel in channels
+        )
+        output = _where_open(one, channels[0]) + _where_open(other, channels[1])
+        weights = None if weights is None or more is None else weights + more
+        if attention_mask.shape[1] == 4:
+            uniform = _fallback_weights(attention_mask, value.dtype)
+            mean = (uniform @ value).repeat_interleave(query.shape[1] // value.shape[1], 1)
+            output, weights = output + mean.transpose(1, 2), None if weights is None else weights + uniform
+        return output, weights
+
+    return mmzoo_pair
 
 
-def _only_while_decoding(*args: Any, q_length: int, **kwargs: Any) -> Tensor | None:
-    """transformers' boolean mask for one query; at prefill the calls say everything, and nothing dense is made."""
-    return sdpa_mask(*args, q_length=q_length, **kwargs) if q_length == 1 else None
+def _where_open(output: Tensor, mask: Tensor) -> Tensor:
+    """Output [B, Q, H, D], 0 for queries without an open key in the mask [B, 1, Q, K], where SDPA may give a mean."""
+    return output.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)
+
+
+def _fallback_weights(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, Q, K]: what rows without an open key in a branch take, the mean over the branch's fallback, both added."""
+    branches, fallbacks = mask.chunk(2, 1)
+    taken = (fallbacks & ~branches.any(-1, keepdim=True)).to(torch.float32)
+    return (taken / taken.sum(-1, keepdim=True).clamp(min=1)).sum(1, keepdim=True).to(dtype)
 
 
 def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
@@ -137,17 +198,45 @@ def _explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
-for name, function, mask_function in (
-    ("mmzoo_eager", _mmzoo_eager, _explicit_mask),
-    ("mmzoo_flex", _mmzoo_flex, sdpa_mask),
-    *((known_as, _flash_function(name), _only_while_decoding) for name, known_as in FLASH.items()),
-):
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, mask_function)
+def _only_while_decoding(*args: Any, q_length: int, **kwargs: Any) -> Tensor | None:
+    """transformers' boolean mask for one query; at prefill what travels beside it says everything."""
+    return sdpa_mask(*args, q_length=q_length, **kwargs) if q_length == 1 else None
 
 
-def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None = None, layer: int = 0) -> Tensor:
-    """The mask of the last `num_queries` tokens of `layout` over the slots of the cache: bool [B, 1, Q, K].
+_FUNCTIONS: dict[str, tuple[Attention, Callable[..., Tensor | None]]] = {
+    "eager": (_mmzoo_eager, _explicit_mask),
+    "flex_attention": (_mmzoo_flex, sdpa_mask),
+    **{name: (_flash_function(name), _only_while_decoding) for name in FLASH},
+}
+for name, (function, mask_function) in _FUNCTIONS.items():
+    AttentionInterface.register(IMPLEMENTATIONS[name], function)
+    AttentionMaskInterface.register(IMPLEMENTATIONS[name], mask_function)
+for name, known_as in PAIR_IMPLEMENTATIONS.items():
+    single = sdpa_attention_forward if name == "sdpa" else _FUNCTIONS[name][0]
+    AttentionInterface.register(known_as, _two_softmaxes(single))
+    AttentionMaskInterface.register(known_as, _only_while_decoding if name in FUSED else _explicit_mask)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The fused masks of a pair of rules: two block masks, or the calls of each branch."""
+
+    branches: tuple[Any, Any]
+
+
+def passed_on(mask: Any) -> dict[str, Any]:
+    """How a mask made by `backbone_mask` is handed to a backbone."""
+    if isinstance(mask, Pair):
+        return {"attention_mask": None, "branches": tuple(passed_on(branch) for branch in mask.branches)}
+    if isinstance(mask, tuple):
+        return {"attention_mask": None, "flash_calls": mask}
+    return {"attention_mask": mask}
+
+
+def mask_for(rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None = None, layer: int = 0) -> Tensor:
+    """The mask of the last `num_queries` tokens of `layout` over the slots of the cache: bool [B, C, Q, K].
+
+    C is 1 for one rule; 2 for a pair, one channel a branch; 4 for a pair with fallbacks, the branches and then theirs.
 
     Args:
         rule: who may look at whom.
@@ -159,7 +248,10 @@ def mask_for(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | N
     rows = slice(len(layout) - num_queries, len(layout))
     slots, first = (len(layout), 0) if cache is None else cache.get_mask_sizes(num_queries, layer)
     keys = layout.padded_to(max(slots + first, len(layout)))
-    return allowed(rule, layout, keys, rows=rows)[:, None, :, first : first + slots]
+    branches = rule if isinstance(rule, tuple) else (rule,)
+    channels = (*branches, *(one.fallback for one in branches if one.fallback is not None))
+    masks = torch.stack([allowed(one, layout, keys, rows=rows) for one in channels], 1)
+    return masks[..., first : first + slots]
 
 
 def _recent(window: int) -> Rule:
@@ -169,8 +261,8 @@ def _recent(window: int) -> Rule:
 
 
 def backbone_mask(
-    rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
-) -> Tensor | BlockMask | tuple[Call, ...] | dict[str, Tensor]:
+    rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
+) -> Tensor | BlockMask | tuple[Call, ...] | Pair | dict[str, Tensor]:
     """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
     A sliding layer keeps its window on top of the rule. FlexAttention is given a block mask, flash its calls.
@@ -178,12 +270,10 @@ def backbone_mask(
     Raises:
         UnsupportedMask: a layer is of a type that takes no mask.
     """
-    known_as = getattr(config, "_attn_implementation", None)
-    if num_queries > 1 and known_as in ("mmzoo_flex", *FLASH.values()):
-        attention = next(name for name, other in IMPLEMENTATIONS.items() if other == known_as)
-        _check_slots(attention, rule, layout, num_queries, cache, config)
-        last_rows = compact(rule, layout).rows(slice(len(layout) - num_queries, len(layout)))
-        return last_rows.block_mask() if known_as == "mmzoo_flex" else calls(last_rows, rule.name)
+    chosen = {known_as: name for name, known_as in implementations(rule).items()}
+    attention = chosen.get(str(getattr(config, "_attn_implementation", None)), "sdpa")
+    if num_queries > 1 and attention in FUSED:
+        return _fused_mask(attention, rule, layout, num_queries, cache, config)
     types: list[str] = list(getattr(config, "layer_types", None) or ())
     if set(types) <= {"full_attention"}:
         return mask_for(rule, layout, num_queries, cache)
@@ -194,16 +284,25 @@ def backbone_mask(
         if kind == "sliding_attention":
             mask = mask & mask_for(_recent(config.sliding_window), layout, num_queries, cache, layer)
         elif kind != "full_attention":
-            raise UnsupportedMask("transformers", rule.name, f"layers of type {kind!r} take no mask")
+            raise UnsupportedMask("transformers", _name(rule), f"layers of type {kind!r} take no mask")
         masks[kind] = mask
     return masks
 
 
-def _check_slots(
-    attention: str, rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
-) -> None:
+def _fused_mask(
+    attention: str, rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
+) -> BlockMask | tuple[Call, ...] | Pair:
+    if isinstance(rule, tuple):
+        one, other = (_fused_mask(attention, branch, layout, num_queries, cache, config) for branch in rule)
+        return Pair((one, other))
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         reason = "a sliding layer needs its window on top of the rule, and all layers are given one mask"
         raise UnsupportedMask(attention, rule.name, reason, ["sdpa"])
     if cache is not None and cache.get_mask_sizes(num_queries, 0) != (len(layout), 0):
         raise UnsupportedMask(attention, rule.name, "the cache is static or sliding", ["sdpa"])
+    last_rows = compact(rule, layout).rows(slice(len(layout) - num_queries, len(layout)))
+    return calls(last_rows, rule.name) if attention in FLASH else last_rows.block_mask()
+
+
+def _name(rule: Rules) -> str:
+    return " + ".join(one.name for one in (rule if isinstance(rule, tuple) else (rule,)))

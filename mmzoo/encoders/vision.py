@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from mmzoo.encoders.qwen_vit import QwenVisionConfig, QwenVisionTransformer
 from mmzoo.errors import InputError, MissingExtra
 
 
@@ -73,12 +74,14 @@ def build_vision_encoder(config: PreTrainedConfig) -> tuple[nn.Module, int]:
         return SiglipVisionModel(config), config.hidden_size
     if isinstance(config, CLIPVisionConfig):
         return CLIPVisionModel(config), config.hidden_size
+    if isinstance(config, QwenVisionConfig):
+        return QwenVisionTransformer(config), config.output_dim
     if isinstance(config, NamedVisionConfig) and config.library in ("timm", "open_clip"):
         encoder = TimmEncoder(config) if config.library == "timm" else OpenClipEncoder(config)
         config.image_size = config.image_size or encoder.image_size
         return encoder, encoder.dim
     raise InputError(
-        f"No vision encoder for {config.model_type!r}. Use a SigLIP or CLIP config, or a name 'timm:...' or "
+        f"No vision encoder for {config.model_type!r}. Use a SigLIP, CLIP or Qwen-VL config, or a name 'timm:...' or "
         "'open_clip:...'."
     )
 

@@ -7,6 +7,13 @@ _AKI = {"family": "aki", "task": VIDEO, "rule": "modality-mutual", "scheme": "se
 _LLAVA = {"family": "llava", "task": IMAGE, "rule": "causal", "scheme": "sequential", "paper": "arXiv:2310.03744"}
 _CCA = {"family": "cca_llava", "task": IMAGE, "rule": "concentric-causal", "scheme": "concentric", "paper": "arXiv:2410.15926"}  # fmt: skip  # noqa: E501
 _TC = {"family": "tc_llava", "task": VIDEO, "rule": "frame-block-causal", "scheme": "temporal-dual", "paper": "arXiv:2409.03206"}  # fmt: skip  # noqa: E501
+_VISUALCHAT = {
+    "family": "visualchat",
+    "task": IMAGE,
+    "rule": "mmca",
+    "scheme": "sequential",
+    "paper": "arXiv:2309.14327",
+}
 
 register(Entry("aki-4b", **_AKI, summary="SigLIP-so400m, Perceiver resampler, Phi-3.5-mini", weights="hf-hub:Sony/AKI-4B-phi-3.5-mini", license="cc-by-nc-4.0"))  # fmt: skip  # noqa: E501
 register(Entry("aki-tiny", **_AKI, summary="AKI's classes at test size, random weights"))
@@ -18,3 +25,7 @@ register(Entry("cca-llava-7b", **_CCA, summary="LLaVA-1.5 under concentric causa
 register(Entry("cca-llava-tiny", **_CCA, summary="CCA-LLaVA's classes at test size, random weights"))
 register(Entry("tc-llava-7b", **_TC, summary="LLaVA-1.5 on clips, under frame-wise block causal attention; no weights were released"))  # fmt: skip  # noqa: E501
 register(Entry("tc-llava-tiny", **_TC, summary="TC-LLaVA's classes at test size, random weights"))
+
+register(Entry("visualchat-7b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 7B"))
+register(Entry("visualchat-13b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 13B"))
+register(Entry("visualchat-tiny", **_VISUALCHAT, summary="DeepSpeed-VisualChat's classes at test size, random weights"))
