@@ -127,6 +127,10 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         """Tokens [N, V, D] of N images or frames [N, ...]: the family's encoder and connector."""
         raise NotImplementedError
 
+    def clip_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Visual tokens [N, M, V, D] of N clips [N, F, C, H, W], as `place` takes them; each frame is a medium."""
+        return self.visual_tokens(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
+
     def patch_weights(self, pixel_values: Tensor) -> Tensor:
         """float [N, V, P]: how much each visual token takes from each patch. Here: one token a patch."""
         count, tokens = self.visual_tokens(pixel_values).shape[:2]

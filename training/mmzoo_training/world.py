@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import mmzoo
-from mmzoo.layout import Modality, TokenLayout
+from mmzoo.layout import Modality, Span, TokenLayout
 from mmzoo.processing import IMAGE, MultimodalProcessor
 from mmzoo.world import COLOURS, QUESTION_KINDS, SHAPES, Clip, Question, make_clip
 
@@ -178,43 +178,68 @@ def describe(clips: Sequence[Clip], num_frames: int) -> tuple[Tensor, Tensor]:
 class FrameDescription(nn.Module):
     """Heads that make encoder and connector see before they are asked: thrown away after the first stage.
 
-    Each patch says which colour and shape has its centre there; with a connector of one token a colour, each token
-    says shape and place of its colour. The place is said twice, in numbers and in bins: bins make it large enough in
-    the tokens for the language model to tell directions.
+    Each patch says which colour and shape has its centre there. Tokens say shape and place of the colours: each of
+    those that stand on a grid of what is in its cell, and otherwise, where they are a multiple of the colours, each of
+    one colour. The place is said twice, in numbers and in bins: bins make it large enough in the tokens for the
+    language model to tell directions.
+
+    Args:
+        width: of the patches.
+        token_width: D.
+        span: the tokens of one frame.
     """
 
     BINS = 8
+    PARTS = (1 + len(_SHAPES), 2, 2 * BINS)
+    """What a token says of a colour: which shape it has there, if any, and its place in numbers and in bins."""
 
-    def __init__(self, width: int, token_width: int, tokens: int):
+    def __init__(self, width: int, token_width: int, span: Span):
         super().__init__()
+        self.span = span
         self.patch = nn.Linear(width, 1 + len(_COLOURS) + 1 + len(_SHAPES))
-        self.token = nn.Linear(token_width, 1 + len(_SHAPES) + 2 + 2 * self.BINS) if tokens == len(_COLOURS) else None
+        by_colour = len(span) % len(_COLOURS) == 0
+        colours = len(_COLOURS) if span.grid else 1 if by_colour else 0
+        self.token = nn.Linear(token_width, colours * sum(self.PARTS)) if colours else None
 
     def loss(self, patches: Tensor, tokens: Tensor, looks: Tensor, places: Tensor) -> Tensor:
         """From patches [N, P, D], tokens [N, V, D], looks [N, X] and places [N, X, 2] of N frames."""
         loss = self.patch_loss(patches, looks, places)
-        return loss if self.token is None else loss + self.token_loss(tokens, looks, places)
+        return loss if self.token is None else loss + self.token_loss(self.token(tokens), looks, places)
 
     def patch_loss(self, patches: Tensor, looks: Tensor, places: Tensor) -> Tensor:
         side = math.isqrt(patches.shape[1])
-        cell = (places * side).long().clamp(0, side - 1)
-        cell = cell[..., 1] * side + cell[..., 0]
         frame, colour = (looks != ABSENT).nonzero(as_tuple=True)
-        at = (frame, cell[frame, colour])
+        at = (frame, _cells(places, side, side)[frame, colour])
         patch_colour = looks.new_zeros(patches.shape[:2]).index_put(at, colour + 1)
         patch_shape = looks.new_zeros(patches.shape[:2]).index_put(at, looks[frame, colour])
         said_colour, said_shape = self.patch(patches).split((1 + len(_COLOURS), 1 + len(_SHAPES)), -1)
         return _rare_classes(said_colour, patch_colour, 0.2) + _rare_classes(said_shape, patch_shape, 0.2)
 
-    def token_loss(self, tokens: Tensor, looks: Tensor, places: Tensor) -> Tensor:
+    def token_loss(self, said: Tensor, looks: Tensor, places: Tensor) -> Tensor:
+        """Of what the tokens say [N, V, ...]."""
+        if self.span.grid:
+            said = said.unflatten(-1, (len(_COLOURS), -1)).transpose(1, 2)  # [N, X, V, ...]
+            cells = _cells(places, self.span.rows, self.span.columns)
+            here = torch.arange(said.shape[2], device=said.device) == cells[..., None]
+            looks, places = looks[..., None] * here, places[:, :, None].expand(-1, -1, said.shape[2], -1)
+        else:
+            said = said.unflatten(1, (-1, len(_COLOURS)))  # [N, V / X, X, ...]
+            looks, places = (x[:, None].expand(-1, said.shape[1], *[-1] * (x.dim() - 1)) for x in (looks, places))
         seen = looks != ABSENT
-        said_look, said_place, said_bins = self.token(tokens).split((1 + len(_SHAPES), 2, 2 * self.BINS), -1)
+        said_look, said_place, said_bins = said.split(self.PARTS, -1)
         bins = (places[seen] * self.BINS).long().clamp(0, self.BINS - 1)
         return (
-            _rare_classes(said_look, looks, 0.5)
+            _rare_classes(said_look, looks, 0.1 if self.span.grid else 0.5)
             + F.mse_loss(said_place[seen], places[seen] * 4 - 2)
             + 2 * F.cross_entropy(said_bins[seen].unflatten(-1, (2, self.BINS)).flatten(0, 1), bins.flatten())
         )
+
+
+def _cells(places: Tensor, rows: int, columns: int) -> Tensor:
+    """int64 [N, X]: the cell, in raster order, of a grid in which each place [N, X, 2] lies."""
+    sides = torch.tensor([columns, rows], device=places.device)
+    column, row = (places * sides).long().clamp(min=0).minimum(sides - 1).unbind(-1)
+    return row * columns + column
 
 
 def _rare_classes(logits: Tensor, target: Tensor, weight_of_none: float) -> Tensor:
@@ -257,10 +282,16 @@ class WorldQuestions(lightning.LightningModule):
         self.save_hyperparameters()
         self.model = mmzoo.create(name, **(config or {})).train()
         self.blind = blind
-        text_width = self.model.config.text_config.hidden_size
+        processor, config = self.model.processor, self.model.config
+        side = config.vision_config.image_size
         self.description = FrameDescription(
-            self.model.config.vision_config.hidden_size, text_width, self.model.config.num_vision_tokens
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            processor.spans(torch.zeros(1, 3, side, side), Modality.IMAGE)[0],
         )
+        for name in ("image_mean", "image_std"):
+            value = torch.tensor(getattr(processor.image_processor, name))[:, None, None]
+            self.register_buffer(name, value, persistent=False)
         self.right: dict[str, list[bool]] = {}
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
@@ -270,19 +301,19 @@ class WorldQuestions(lightning.LightningModule):
         return loss
 
     def pixels(self, batch: dict[str, Any]) -> Tensor:
-        """float32 [N, 3, H, W] of all frames, in -1..1, as the processor normalises them."""
-        pixels = batch["frames"].flatten(0, -4).permute(0, 3, 1, 2).float() / 127.5 - 1
+        """float32 [..., 3, H, W] of all frames, as the processor normalises them."""
+        pixels = (batch["frames"].movedim(-1, -3).float() / 255 - self.image_mean) / self.image_std
         return torch.zeros_like(pixels) if self.blind else pixels
 
     def describing_loss(self, batch: dict[str, Any]) -> Tensor:
-        patches = self.model.patch_features(self.pixels(batch))
-        tokens = self.model.vision_tokenizer(patches)
+        pixels = self.pixels(batch)
+        patches, tokens = self.model.patch_features(pixels), self.model.visual_tokens(pixels)
         return self.description.loss(patches, tokens, batch["looks"], batch["places"])
 
     def answers(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss, and whether each question [R] is answered in full."""
         layout = TokenLayout(batch["layout"])
-        tokens = self.model.visual_tokens(self.pixels(batch)).unflatten(0, batch["frames"].shape[:2])
+        tokens = self.model.clip_tokens(self.pixels(batch))
         embeddings = self.model.get_input_embeddings()(batch["input_ids"])
         embeddings = self.model.place(embeddings, layout, tokens[batch["owner"]])
         outputs = self.model(inputs_embeds=embeddings, layout=layout, labels=batch["labels"])
@@ -305,10 +336,11 @@ class WorldQuestions(lightning.LightningModule):
         self.log("val_accuracy", sum(accuracy.values()) / len(accuracy), prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        seeing = [*self.model.vision_encoder.parameters(), *self.model.vision_tokenizer.parameters()]
+        language = list(self.model.language_model.parameters())
+        known = {id(parameter) for parameter in language}
         groups = {
-            "seeing": seeing,
-            "language": list(self.model.lang_model.parameters()),
+            "seeing": [parameter for parameter in self.model.parameters() if id(parameter) not in known],
+            "language": language,
             "description": list(self.description.parameters()),
         }
         options = self.hparams
