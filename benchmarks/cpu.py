@@ -36,6 +36,14 @@ BACKBONE = {
     "eos_token_id": 2,
 }
 NEW_TOKENS = 64
+FAMILIES = {
+    "AKI": ("modality-mutual", "sequential"),
+    "CCA-LLaVA": ("concentric-causal", "concentric"),
+    "TC-LLaVA": ("frame-block-causal", "temporal-dual"),
+    "Video-CCAM, LLaVA": ("causal", "sequential"),
+    "VisualChat": ("mmca", "sequential"),
+}
+"""Whose rule and scheme the language model decodes under."""
 
 
 def import_seconds(statement: str) -> float:
@@ -64,13 +72,15 @@ def imports(rounds: int = 7) -> dict[str, float]:
     }
 
 
-def decoding(attention: str, rows: int, rounds: int = 5) -> dict[str, float]:
+def decoding(
+    attention: str, rows: int, rule: str = "modality-mutual", scheme: str = "sequential", rounds: int = 5
+) -> dict[str, float]:
     """Tokens a second of plain transformers and of mmzoo's rule-driven model, same backbone, same weights."""
     from mmzoo.language import LanguageModel, MultimodalConfig
     from mmzoo.layout import batch, lay_out, text, video
 
     torch.manual_seed(0)
-    model = LanguageModel(MultimodalConfig(text_config=BACKBONE, rule="modality-mutual")).eval()
+    model = LanguageModel(MultimodalConfig(text_config=BACKBONE, rule=rule, scheme=scheme)).eval()
     model.set_attention(attention)
     plain = transformers.AutoModelForCausalLM.from_config(
         model.config.text_config, attn_implementation="sdpa" if attention == "sdpa" else "eager"
@@ -116,9 +126,11 @@ def main() -> None:
         },
         "import": imports(),
         **{
-            f"decoding, {attention}, batch {rows}": decoding(attention, rows)
+            f"decoding, {family}, {attention}, batch {rows}": decoding(attention, rows, *rule_and_scheme)
+            for family, rule_and_scheme in FAMILIES.items()
             for attention in ("sdpa", "eager")
             for rows in (1, 4)
+            if attention == "sdpa" or family == "AKI"
         },
     }
     with replacing(path) as temporary:
