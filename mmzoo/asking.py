@@ -73,10 +73,11 @@ class Asking:
         layout = TokenLayout(inputs["layout"])
         told = layout if len(tokens) == 1 else layout.with_answer(len(tokens) - 1)
         ids = torch.cat([inputs["input_ids"], tokens[None, :-1]], 1)
-        pixels = inputs["pixel_values"]
+        shown = {name: inputs[name] for name in self.media_inputs}
         with torch.no_grad(), self._eager():
-            outputs = self(ids, told, pixels, output_attentions=True)
-            patches = self.patch_weights(pixels[0].to(self.dtype))
+            outputs = self(ids, told, **shown, output_attentions=True)
+            shown["pixel_values"] = self.as_input(shown["pixel_values"])
+            patches = self.patch_weights(**{name: one[0] for name, one in shown.items()})
         rows = torch.stack([layer[0, :, len(layout) - 1 :] for layer in outputs.attentions])
         frames = media["video"].frames if "video" in media else np.asarray(read_image(media["image"]))[None]
         words = [self.processor.tokenizer.decode(token) for token in tokens]

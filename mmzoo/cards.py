@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from importlib import resources
 
-from mmzoo import masks
 from mmzoo.registry import Entry
 
 
 def card(entry: Entry) -> str:
     """README.md of a model: metadata as the Hub reads it, facts, the rule, prose."""
-    rule = masks.rule(entry.rule)
-    rules = rule if isinstance(rule, tuple) else (rule,)
     prose = resources.files("mmzoo") / "assets" / "cards" / f"{entry.name}.md"
     arxiv = entry.paper.removeprefix("arXiv:")
     metadata = [
@@ -27,8 +24,10 @@ def card(entry: Entry) -> str:
     facts = {
         "weights": entry.weights or "none: `mmzoo.load` builds it with `weights=None`",
         "licence of the weights": (entry.license or "-")
-        + (" (non-commercial use only)" if entry.non_commercial else ""),
+        + (" (non-commercial use only)" if entry.non_commercial else "")
+        + (" (not seen: read the model's page before you use them)" if entry.license == "unknown" else ""),
         "mask": entry.rule,
+        **({"mask of the connector": entry.connector_rule} if entry.connector_rule else {}),
         "positions": entry.scheme,
         "paper": f"[arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})",
     }
@@ -52,12 +51,10 @@ def card(entry: Entry) -> str:
         'model.ask("clip.mp4", "what colour is the square")',
         "```",
         "",
-        "The mask as mmzoo declares it:",
-        "",
-        "```",
-        *(repr(one) for one in rules),
-        "```",
     ]
+    for where, rules in entry.rules.items():
+        lines += [f"The {where} as mmzoo declares it:", "", "```", *(repr(one) for one in rules), "```", ""]
+    lines.pop()
     if prose.is_file():
         lines += ["", prose.read_text().strip()]
     return "\n".join(lines) + "\n"

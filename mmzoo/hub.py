@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmzoo.registry import Entry
 
 HUB, PACKAGE = "hf-hub:", "package:"
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "projector/*.bin"]
 
 
 def is_location(name: str) -> bool:
@@ -47,7 +47,7 @@ def locate(place: str) -> Path:
         folder = Path(str(resources.files("mmzoo") / "assets" / place.removeprefix(PACKAGE)))
     else:
         folder = Path(place)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not any(folder.glob("*/adapter_config.json")):
         raise CheckpointError(f"No checkpoint at {place}: {folder} has no config.json.")
     return folder
 
@@ -126,8 +126,11 @@ def load_from(
     from mmzoo.registry import families
 
     folder = locate(place)
-    described = read_config(folder)
     known = families()
+    for module in [entry.module] if entry else known.values():
+        if hasattr(module, "is_in_parts") and module.is_in_parts(folder):
+            return module.read_parts(folder, entry.name if entry else None, dtype=dtype, **loading)
+    described = read_config(folder)
     check_files(folder, entry.sha256 if entry else None)
     module = known.get(described.get("model_type", ""))
     if module is not None:

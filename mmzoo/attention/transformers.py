@@ -117,7 +117,7 @@ def backbone_mask(
 ) -> Tensor | BlockMask | dict[str, Tensor]:
     """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
-    A sliding layer keeps its window on top of the rule.
+    A sliding layer keeps its window on top of the rule; in Phi-3, which names no layer types, every layer is one.
 
     Raises:
         UnsupportedMask: a layer is of a type that takes no mask.
@@ -126,7 +126,11 @@ def backbone_mask(
         return _block_mask(rule, layout, num_queries, cache, config)
     types: list[str] = list(getattr(config, "layer_types", None) or ())
     if set(types) <= {"full_attention"}:
-        return mask_for(rule, layout, num_queries, cache)
+        mask = mask_for(rule, layout, num_queries, cache)
+        window = None if types else getattr(config, "sliding_window", None)
+        if window is None or len(layout) <= window:
+            return mask
+        return mask & mask_for(_recent(window), layout, num_queries, cache)
     masks = {}
     for kind in dict.fromkeys(types):
         layer = types.index(kind)
@@ -140,7 +144,9 @@ def backbone_mask(
 
 
 def _block_mask(rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any) -> BlockMask:
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    types = getattr(config, "layer_types", None)
+    window = None if types else getattr(config, "sliding_window", None)
+    if "sliding_attention" in (types or ()) or (window is not None and len(layout) > window):
         reason = "a sliding layer needs its window on top of the rule, which block masks do not carry"
         raise UnsupportedMask("flex_attention", rule.name, reason, ["sdpa"])
     if cache is not None and cache.get_mask_sizes(num_queries, 0) != (len(layout), 0):
