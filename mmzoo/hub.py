@@ -127,9 +127,9 @@ def load_from(
 
     folder = locate(place)
     known = families()
-    for module in [entry.module] if entry else known.values():
-        if hasattr(module, "is_in_parts") and module.is_in_parts(folder):
-            return module.read_parts(folder, entry.name if entry else None, dtype=dtype, **loading)
+    for family in [entry.module] if entry else known.values():
+        if hasattr(family, "is_in_parts") and family.is_in_parts(folder):
+            return family.read_parts(folder, entry.name if entry else None, dtype=dtype, **loading)
     described = read_config(folder)
     check_files(folder, entry.sha256 if entry else None)
     module = known.get(described.get("model_type", ""))

@@ -308,7 +308,7 @@ def _aki_scenario(case: Case, prefix: str, model: AKI, input_ids: Tensor, layout
                 yield close(f"{prefix}loss_{name} {attention}", outputs.loss[None], expected[f"loss_{name}"])
             if f"generated_{name}" in expected:
                 steps = expected[f"generated_{name}"].shape[1]
-                generated, step_logits = _greedy(model, steps, input_ids, layout, pixel_values=pixels)
+                generated, step_logits = greedy(model, steps, input_ids, layout, pixel_values=pixels)
                 yield exact(f"{prefix}generated_{name} {attention}", generated, expected[f"generated_{name}"])
                 yield close(f"{prefix}step_logits_{name} {attention}", step_logits, expected[f"step_logits_{name}"])
 
@@ -386,7 +386,7 @@ def masked_language_model(case: Case) -> Iterator[Comparison]:
         torch.nn.functional.cross_entropy(logits[valid], ids[valid]).backward()
         yield close(f"grad_inputs_embeds {attention}", embeds.grad, expected["grad_inputs_embeds"])
         for cache in ("dynamic", "static"):
-            tokens, steps = _greedy(
+            tokens, steps = greedy(
                 model, case.config["new_tokens"], ids, layout, position_ids=position_ids, cache_implementation=cache
             )
             yield exact(f"generated {attention} {cache}", tokens, expected["generated"])
@@ -407,7 +407,7 @@ def _language_layout(inputs: dict[str, Tensor]) -> TokenLayout:
     return layout
 
 
-def _greedy(model: Any, new_tokens: int, ids: Tensor, layout: TokenLayout, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def greedy(model: Any, new_tokens: int, ids: Tensor, layout: TokenLayout, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """The new tokens [B, N] and the logits [B, N, V] that chose them; end-of-sequence is ignored."""
     outputs = model.generate(
         ids,
@@ -442,7 +442,9 @@ RUNNERS: dict[tuple[str, str, str], Runner] = {
 
 def run_case(case: Case) -> list[Comparison] | None:
     """The comparisons of one case; None if no runner knows it."""
-    for (system, kind, beginning), runner in RUNNERS.items():
+    import parity_video_ccam  # here, since it builds on this module
+
+    for (system, kind, beginning), runner in (RUNNERS | parity_video_ccam.RUNNERS).items():
         if (case.system, case.kind) == (system, kind) and case.name.startswith(beginning):
             return list(runner(case))
     return None

@@ -242,8 +242,11 @@ class VideoCCAMProcessor(MultimodalProcessor):
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids of the tokens that end an answer."""
-        return [self.tokenizer.convert_tokens_to_ids(token) for token in CHATS[self.chat].stop]
+        """Ids of the tokens that end an answer. Raises InputError if the tokenizer lacks one."""
+        known, stop = self.tokenizer.get_vocab(), CHATS[self.chat].stop
+        if not known.keys() >= set(stop):
+            raise InputError(f"The tokenizer lacks {' or '.join(stop)}, which end an answer of the chat {self.chat!r}.")
+        return [known[token] for token in stop]
 
     def spans(self, pixels: Tensor, modality: Modality) -> list[Span]:
         """One span, whatever the number of frames."""
