@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from mmzoo.attention.maps import AttentionMaps
 from mmzoo.errors import InputError
 from mmzoo.layout import TokenLayout
-from mmzoo.media import Video, read_image, read_video
+from mmzoo.media import Video, read_image
 from mmzoo.processing import is_image
 
 
@@ -97,7 +97,7 @@ class Asking:
             raise InputError("This model has no processor. Load it by name, or set model.processor.")
         media: dict[str, Any] = {"image": source}
         if not is_image(source):
-            media = {"video": read_video(source, num_frames=self.processor.num_frames, deadline=deadline)}
+            media = {"video": self.processor.read_video(source, deadline=deadline)}
         return self.processor.ask(question, **media).to(self.device), media
 
     @torch.no_grad()

@@ -14,12 +14,14 @@ def card(entry: Entry) -> str:
     """README.md of a model: metadata as the Hub reads it, facts, the rule, prose."""
     prose = resources.files("mmzoo") / "assets" / "cards" / f"{entry.name}.md"
     arxiv = entry.paper.removeprefix("arXiv:")
+    masks = filter(None, (entry.rule, entry.connector_rule))
+    tags = ("mmzoo", entry.family, *masks, entry.scheme, f"arxiv:{arxiv}")
     metadata = [
         "library_name: mmzoo",
         f"pipeline_tag: {entry.task}",
         *([f"license: {entry.license}"] if entry.license else []),
         "tags:",
-        *(f"- {tag}" for tag in ("mmzoo", entry.family, entry.rule, entry.scheme, f"arxiv:{arxiv}")),
+        *(f"- {tag}" for tag in tags),
     ]
     facts = {
         "weights": entry.weights or "none: `mmzoo.load` builds it with `weights=None`",

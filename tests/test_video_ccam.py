@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -190,7 +191,6 @@ def test_rows_with_other_items_answer_as_they_do_alone() -> None:
         ("<image> why", [picture(2)], []),
     ]
     texts, images, videos = zip(*((model.processor.prompt(text), i, v) for text, i, v in asked), strict=True)
-    model.processor.num_frames = 3
     batch = model.processor(texts, images, videos)
     assert batch["num_frames"].tolist() == [[3, 1], [0, 0], [1, 0]]
     together = model(**batch).logits
@@ -198,6 +198,14 @@ def test_rows_with_other_items_answer_as_they_do_alone() -> None:
     for row in range(3):
         alone = model(**model.processor(texts[row], images[row], videos[row])).logits[0]
         torch.testing.assert_close(together[row][layout.valid[row]], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_short_clip_gives_the_frames_it_has() -> None:
+    model = mmzoo.create("video-ccam-tiny")
+    batch = model.processor(["<video> what", "<video> what"], videos=[[clip(0, 2)], [clip(1, 9)]])
+    assert batch["num_frames"].tolist() == [[2], [4]]
+    answer = model.ask(clip(0, 9), QUESTION, max_new_tokens=1)
+    assert (answer.video.sampling, answer.video.indices) == ("ccam_uniform", [1, 3, 5, 7])
 
 
 def test_visual_tokens_take_images_and_clips() -> None:
@@ -585,6 +593,14 @@ def test_the_seven_billion_are_as_many_as_its_files_hold() -> None:
     assert names == {"vision_encoder", "projector", "llm"}
     assert model.projector.query.shape == (1024, 1024)
     assert model.projector.out_proj.weight.shape == (3584, 1024)
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    path = Path(__file__).parent.parent / "scripts" / "examples" / "video_ccam.py"
+    monkeypatch.setattr(sys, "argv", [str(path), str(tmp_path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert (tmp_path / "ccam.png").is_file()
+    assert "frames of each item: [[3], [16], [5]]" in capsys.readouterr().out
 
 
 def test_nano_is_small_and_whole() -> None:

@@ -217,8 +217,11 @@ class VideoCCAMProcessor(MultimodalProcessor):
     Args:
         num_query: V.
         chat: a name in `CHATS`.
-        num_frames: frames taken from a clip: 16 in training, 32 in the authors' demo, 96 in long-video benchmarks.
+        num_frames: the most frames taken from a clip: 16 in the authors' training, 32 in their demo, 96 in long-video
+            benchmarks. A shorter clip gives all it has.
     """
+
+    sampling = "ccam_uniform"
 
     def __init__(
         self,
