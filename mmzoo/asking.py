@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from mmzoo.attention.maps import AttentionMaps
 from mmzoo.errors import InputError
 from mmzoo.layout import TokenLayout
-from mmzoo.media import Video, read_image, read_video
+from mmzoo.media import Video, read_image
 from mmzoo.processing import is_image
 
 
@@ -72,11 +72,12 @@ class Asking:
         answer, tokens = self._answered(inputs, media, max_new_tokens)
         layout = TokenLayout(inputs["layout"])
         told = layout if len(tokens) == 1 else layout.with_answer(len(tokens) - 1)
-        pixels = inputs["pixel_values"]
+        shown = {name: inputs[name] for name in self.media_inputs}
         with torch.no_grad(), self._eager():
-            asked, said = self.embed(inputs["input_ids"], layout, pixels), self.embed(tokens[None, :-1], None)
+            asked, said = self.embed(inputs["input_ids"], layout, **shown), self.embed(tokens[None, :-1], None)
             outputs = self(inputs_embeds=torch.cat([asked, said], 1), layout=told, output_attentions=True)
-            patches = self.patch_weights(pixels[0].to(self.dtype))
+            shown["pixel_values"] = self.as_input(shown["pixel_values"])
+            patches = self.patch_weights(**{name: one[0] for name, one in shown.items()})
         rows = torch.stack([layer[0, :, len(layout) - 1 :] for layer in outputs.attentions])
         frames = media["video"].frames if "video" in media else np.asarray(read_image(media["image"]))[None]
         words = [self.processor.tokenizer.decode(token) for token in tokens]
@@ -96,7 +97,7 @@ class Asking:
             raise InputError("This model has no processor. Load it by name, or set model.processor.")
         media: dict[str, Any] = {"image": source}
         if not is_image(source):
-            media = {"video": read_video(source, num_frames=self.processor.num_frames, deadline=deadline)}
+            media = {"video": self.processor.read_video(source, deadline=deadline)}
         return self.processor.ask(question, **media).to(self.device), media
 
     @torch.no_grad()

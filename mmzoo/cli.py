@@ -44,14 +44,14 @@ def list_command(
     table = Table("name", "mask", "positions", "weights", "licence", "summary")
     for name in mmzoo.list_models(pattern, task=task, pretrained=pretrained):
         found = entry(name)
-        table.add_row(name, found.rule, found.scheme, found.weights or "-", found.license or "-", found.summary)
+        rule = " + ".join(filter(None, (found.rule, found.connector_rule)))
+        table.add_row(name, rule, found.scheme, found.weights or "-", found.license or "-", found.summary)
     console.print(table)
 
 
 @app.command()
 def info(name: Annotated[str, typer.Argument(help="a registered name")]) -> None:
     """One model: what it is, its mask, where its weights are."""
-    from mmzoo import masks
     from mmzoo.registry import entry
 
     found = entry(name)
@@ -59,9 +59,10 @@ def info(name: Annotated[str, typer.Argument(help="a registered name")]) -> None
         console.print(f"{label:9} {getattr(found, label) or '-'}")
     model = mmzoo.create(name, device="meta")
     console.print(f"{'size':9} {sum(p.numel() for p in model.parameters()):,} parameters")
-    rule = masks.rule(found.rule)
-    for one in rule if isinstance(rule, tuple) else (rule,):
-        console.print(repr(one))
+    for where, rules in found.rules.items():
+        console.print(f"The {where}:")
+        for one in rules:
+            console.print(repr(one))
 
 
 @app.command()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mmzoo.registry import Entry
 
 HUB, PACKAGE = "hf-hub:", "package:"
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "projector/*.bin"]
 _OLDER_FILES = ["pytorch_model*.bin"]  # read as tensors only, never unpickled
 
 
@@ -49,7 +49,7 @@ def locate(place: str) -> Path:
         folder = Path(str(resources.files("mmzoo") / "assets" / place.removeprefix(PACKAGE)))
     else:
         folder = Path(place)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not any(folder.glob("*/adapter_config.json")):
         raise CheckpointError(f"No checkpoint at {place}: {folder} has no config.json.")
     return folder
 
@@ -192,9 +192,13 @@ def load_from(
 
     _check_packages(loading)
     folder = locate(place)
+    known = families()
+    for family in [entry.module] if entry else known.values():
+        if hasattr(family, "is_in_parts") and family.is_in_parts(folder):
+            return family.read_parts(folder, entry.name if entry else None, dtype=dtype, **loading)
     described = read_config(folder)
     check_files(folder, entry.sha256 if entry and place == entry.weights else None)
-    module, tensors = families().get(described.get("model_type", "")), None
+    module, tensors = known.get(described.get("model_type", "")), None
     if module is not None:
         config = module.MODEL.config_class.from_pretrained(folder)
         processor = module.PROCESSOR.from_pretrained(folder)

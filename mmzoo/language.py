@@ -9,6 +9,7 @@ Shape legend: B batch, L tokens, K layout fields, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,6 +91,10 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
     config: MultimodalConfig
     config_class = MultimodalConfig
     main_input_name = "input_ids"
+    media_inputs: tuple[str, ...] = ("pixel_values",)
+    """What of a batch holds its media: the arguments of `encode_media` after the layout."""
+    connector_rule: masks.Rule | None = None
+    """The mask inside the connector, where it has one."""
     _supports_sdpa = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
@@ -140,38 +145,61 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         """Embeddings [B, Q, D] of ids alone; `layout` is None while decoding."""
         return self.get_input_embeddings()(input_ids)
 
-    def embed(self, input_ids: Tensor, layout: TokenLayout | None, pixel_values: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor,
+        layout: TokenLayout | None,
+        pixel_values: Tensor | None = None,
+        visual_embeds: Tensor | None = None,
+        **media: Tensor | None,
+    ) -> Tensor:
         """Embeddings [B, Q, D] of the tokens, media in their places.
 
         Args:
             input_ids: int64 [B, Q].
             layout: of these tokens; None while decoding text.
             pixel_values: [B, M, ...]: the images or frames of each row in order, then padding.
+            visual_embeds: [B, M, V, D] that `encode_media` gave, in place of the media.
+            **media: what else the family's `encode_media` takes.
 
         Raises:
-            InputError: pixels and visual tokens do not agree.
+            InputError: media and visual tokens do not agree.
         """
         embeddings = self.word_embeddings(input_ids, layout)
-        if pixel_values is None:
+        if pixel_values is None and visual_embeds is None:
             if layout is not None and not torch.compiler.is_compiling() and bool(layout.visual.any()):
                 raise InputError("The layout has visual tokens, but no pixel_values were given.")
             return embeddings
         if layout is None:
-            raise InputError("pixel_values need the batch's layout. The model's processor gives both.")
-        most, count = pixel_values.shape[1], _media_starts(layout).sum(1)
+            raise InputError("Media need the batch's layout. The model's processor gives both.")
+        if visual_embeds is None:
+            visual_embeds = self.encode_media(layout, pixel_values, **media)
+        elif pixel_values is not None or any(one is not None for one in media.values()):
+            raise InputError(f"visual_embeds stand in place of {' and '.join(self.media_inputs)}: leave these out.")
+        return self.place(embeddings, layout, visual_embeds)
+
+    def encode_media(self, layout: Tensor | TokenLayout, pixel_values: Tensor) -> Tensor:
+        """Visual tokens [B, M, V, D] of a batch's media; give them as `visual_embeds` to ask again about the same.
+
+        Args:
+            layout: [B, L, K] of the batch.
+            pixel_values: [B, M, ...]: the images or frames of each row in order, then padding.
+
+        Raises:
+            InputError: the layout has more media than there are pixels.
+        """
+        layout = layout if isinstance(layout, TokenLayout) else TokenLayout(layout)
+        most, count = pixel_values.shape[1], media_starts(layout).sum(1)
         if not torch.compiler.is_compiling() and int(count.max()) > most:
             raise InputError(
                 f"A sample has {int(count.max())} images or frames in its layout, pixel_values has {most}."
             )
         real = torch.arange(most, device=count.device) < count[:, None]
-        return self.place(embeddings, layout, self._encoded(pixel_values.to(embeddings.dtype), real))
+        return encode_real(self.visual_tokens, self.as_input(pixel_values), real)
 
-    def _encoded(self, pixel_values: Tensor, real: Tensor) -> Tensor:
-        """Visual tokens [B, M, V, D]. What only pads a batch is not encoded, except in a compiled graph."""
-        if torch.compiler.is_compiling() or bool(real.all()):
-            return self.visual_tokens(pixel_values.flatten(0, 1)).unflatten(0, real.shape)
-        tokens = self.visual_tokens(pixel_values[real])
-        return tokens.new_zeros(*real.shape, *tokens.shape[1:]).index_put((real,), tokens)
+    def as_input(self, pixel_values: Tensor) -> Tensor:
+        """Pixels in the model's precision."""
+        return pixel_values.to(self.get_input_embeddings().weight.dtype)
 
     def place(self, embeddings: Tensor, layout: TokenLayout, tokens: Tensor) -> Tensor:
         """Embeddings [B, Q, D] with each row's visual tokens [B, M, V, D] in the layout's visual places, in order.
@@ -179,8 +207,11 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         Raises:
             InputError: there are more or fewer tokens than places.
         """
-        starts, visual = _media_starts(layout), layout.visual
+        starts, visual = media_starts(layout), layout.visual
         per_medium = tokens.shape[2]
+        if not torch.compiler.is_compiling() and int(starts.sum(1).max()) > tokens.shape[1]:
+            most = int(starts.sum(1).max())
+            raise InputError(f"A sample has {most} media in its layout, but tokens of {tokens.shape[1]} were given.")
         if not torch.compiler.is_compiling() and int(visual.sum()) != int(starts.sum()) * per_medium:
             raise InputError(
                 f"The connector gives {per_medium} tokens an image or frame, but the layout has "
@@ -235,6 +266,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         layout: Tensor | TokenLayout | None = None,
         pixel_values: Tensor | None = None,
+        visual_embeds: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -251,13 +283,14 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             input_ids: int64 [B, Q], media tokens in place.
             layout: [B, L, K] of every token so far; the last Q are `input_ids`. Without one, all tokens are text.
             pixel_values: [B, M, ...]: the images or frames of each row.
+            visual_embeds: [B, M, V, D] that `encode_media` gave, in place of the media.
             attention_mask: without a layout, the padding mask [B, L]; or a mask made by `mask`.
             position_ids: [B, Q]; the scheme's if None.
             inputs_embeds: [B, Q, D] instead of what `embed` gives.
             labels: int64 [B, Q], -100 where there is no loss; the next-token shift happens here.
             cache: keys and values of the first L - Q tokens (transformers before 5.24: past_key_values).
             logits_to_keep: only the logits of the last tokens; 0 is all.
-            **kwargs: what the backbone takes.
+            **kwargs: the rest of `media_inputs`, and what the backbone takes.
 
         Returns:
             loss (with labels) and logits [B, Q, V].
@@ -267,6 +300,7 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             UnsupportedMask: tokens in the cache would have seen some of these, which came too late.
         """
         cache = past_key_values if cache is None else cache
+        media = {name: kwargs.pop(name, None) for name in self.media_inputs if name != "pixel_values"}
         num_queries = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if layout is None and not self._is_ready(attention_mask, position_ids, num_queries, cache):
             past = 0 if cache is None else int(cache.get_seq_length())
@@ -280,7 +314,8 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             attention_mask = self.mask(layout, num_queries, cache)
             position_ids = self.scheme(layout)[:, -num_queries:] if position_ids is None else position_ids
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, None if layout is None else layout[-num_queries:], pixel_values)
+            given = None if layout is None else layout[-num_queries:]
+            inputs_embeds = self.embed(input_ids, given, pixel_values, visual_embeds, **media)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
@@ -326,7 +361,8 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             **kwargs: media, and every option of transformers' `generate`.
 
         Raises:
-            InputError: padding on the right, where new tokens would follow padding; or `prefill_chunk_size` with media.
+            InputError: padding on the right, where new tokens would follow padding; or media that do not stand in the
+                first chunk of a prefill by `prefill_chunk_size`.
             UnsupportedMask: `prefill_chunk_size` cuts where earlier tokens see later ones.
         """
         if layout is None:
@@ -345,8 +381,9 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         size = kwargs.get("prefill_chunk_size") or options.prefill_chunk_size
         if not size:
             return
-        if kwargs.get("pixel_values") is not None:
-            raise InputError(f"prefill_chunk_size={size}: media are placed in one pass. Leave prefill_chunk_size out.")
+        media = any(kwargs.get(name) is not None for name in (*self.media_inputs, "visual_embeds"))
+        if media and bool(layout.visual[:, size:].any()):
+            raise InputError(f"prefill_chunk_size={size} is too small: all media have to stand in the first chunk.")
         illegal = set(range(size, len(layout), size)) - set(prefill_cuts(self.rule, layout))
         if illegal:
             reason = f"prefill_chunk_size={size} cuts at token {min(illegal)}, where earlier tokens see later ones"
@@ -382,8 +419,27 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
             inputs["layout"] = so_far.data
         else:
             inputs["attention_mask"] = self.mask(so_far, num_queries, cache)
-            inputs.pop("pixel_values", None)
+            media = {name: inputs.pop(name, None) for name in (*self.media_inputs, "visual_embeds")}
+            if num_queries > 1 and bool(so_far[-num_queries:].visual.any()):
+                inputs["inputs_embeds"] = self._embedded_later(input_ids, so_far, num_queries, media)
         return inputs
+
+    def _embedded_later(
+        self, input_ids: Tensor, layout: TokenLayout, num_queries: int, media: dict[str, Any]
+    ) -> Tensor:
+        """Embeddings [B, Q, D] of new tokens that hold media; `media` are those of the whole conversation."""
+        if all(one is None for one in media.values()):
+            return self.embed(input_ids[:, -num_queries:], layout[-num_queries:])
+        if input_ids.shape[1] != len(layout):
+            raise InputError(
+                f"{input_ids.shape[1]} of {len(layout)} tokens were given, which does not say whose media these are. "
+                "Give the whole conversation beside its cache."
+            )
+        return self.embed(input_ids, layout, **media)[:, -num_queries:]
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        known = {name: value for name, value in model_kwargs.items() if name not in self.media_inputs}
+        super()._validate_model_kwargs(known)
 
     def create_masks_for_generate(self, attention_mask: Tensor, **kwargs: Any) -> Tensor:
         """transformers' hook for static caches: the rule's mask is made in `prepare_inputs_for_generation`."""
@@ -418,6 +474,8 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
 class LanguageModel(MultimodalLM):
     """A Hugging Face causal language model alone, under a rule and a scheme."""
 
+    media_inputs = ()
+
     def __init__(self, config: MultimodalConfig):
         super().__init__(config)
         self.model = AutoModelForCausalLM.from_config(config.text_config)
@@ -427,12 +485,23 @@ class LanguageModel(MultimodalLM):
     def language_model(self) -> PreTrainedModel:
         return self.model
 
-    def embed(self, input_ids: Tensor, layout: TokenLayout | None, pixel_values: Tensor | None = None) -> Tensor:
+    def embed(self, input_ids: Tensor, layout: TokenLayout | None, *media: Tensor | None) -> Tensor:
         """Embeddings [B, Q, D] of ids alone: whatever the layout calls them, visual tokens are ids of the table too."""
         return self.get_input_embeddings()(input_ids)
 
 
-def _media_starts(layout: TokenLayout) -> Tensor:
+def encode_real(encode: Callable[[Tensor], Tensor], media: Tensor, real: Tensor) -> Tensor:
+    """`encode` of media [B, M, ...], as [B, M, ...]. What only pads a batch gives 0 and is not encoded.
+
+    A compiled graph has no data-dependent shapes, and encodes all.
+    """
+    if torch.compiler.is_compiling() or bool(real.all()):
+        return encode(media.flatten(0, 1)).unflatten(0, real.shape)
+    encoded = encode(media[real])
+    return encoded.new_zeros(*real.shape, *encoded.shape[1:]).index_put((real,), encoded)
+
+
+def media_starts(layout: TokenLayout) -> Tensor:
     """bool [B, L]: the first token of every image and frame."""
     run = layout.runs("sample", "segment", "frame")
     starts = layout.visual.clone()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ class MultimodalProcessor(ProcessorMixin):
         answer_marker: the text after which the model speaks.
         turn_marker: the text with which the user speaks again.
     """
+
+    sampling: ClassVar[str] = "linspace"
+    """The rule by which frames are taken from a clip: a name in `mmzoo.media.SAMPLING_RULES`."""
 
     def __init__(
         self,
@@ -210,8 +213,12 @@ class MultimodalProcessor(ProcessorMixin):
             expanded.append(piece)
         return pixels, spans, "".join(expanded)
 
+    def read_video(self, source: Any, **options: Any) -> Video:
+        """The frames that the family looks at; the options are those of `mmzoo.media.read_video`."""
+        return read_video(source, num_frames=self.num_frames, sampling=self.sampling, **options)
+
     def _frames(self, video: Any) -> list[Image.Image]:
-        clip = video if isinstance(video, Video) else read_video(video, num_frames=self.num_frames)
+        clip = video if isinstance(video, Video) else self.read_video(video)
         return [Image.fromarray(frame) for frame in np.asarray(clip.frames)]
 
 

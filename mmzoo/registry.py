@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from mmzoo.language import MultimodalLM
+    from mmzoo.masks import Rule
 
 
 class NonCommercialWeights(UserWarning):
@@ -38,8 +39,9 @@ class Entry:
         paper: where it is described.
         summary: one line.
         weights: where they are: "hf-hub:org/name", "package:<folder of mmzoo/assets>", or None.
-        license: of the weights, as the Hub names it; None without weights.
+        license: of the weights, as the Hub names it; "unknown" where it was not seen, None without weights.
         sha256: file name -> digest, where known; checked when loading.
+        connector_rule: name of the mask inside its connector, where it has one.
     """
 
     name: str
@@ -52,6 +54,16 @@ class Entry:
     weights: str | None = None
     license: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
+    connector_rule: str | None = None
+
+    @property
+    def rules(self) -> dict[str, tuple[Rule, ...]]:
+        """Where a mask rules ("mask", "mask of the connector") -> its rules; two-softmax attention has a pair."""
+        from mmzoo import masks
+
+        names = {"mask": self.rule, "mask of the connector": self.connector_rule}
+        found = {where: masks.rule(name) for where, name in names.items() if name}
+        return {where: rule if isinstance(rule, tuple) else (rule,) for where, rule in found.items()}
 
     @property
     def module(self) -> ModuleType:

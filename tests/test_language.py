@@ -43,6 +43,7 @@ SIZES = {
 BACKBONES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "phi3": {"model_type": "phi3"},
+    "phi3, a window and no layer types": {"model_type": "phi3", "sliding_window": 6},
     "qwen2": {"model_type": "qwen2"},
     "qwen2, sliding layers": {
         "model_type": "qwen2",

@@ -11,7 +11,7 @@ from transformers import BatchFeature, DynamicCache, StaticCache
 
 import mmzoo
 from mmzoo import hub, masks
-from mmzoo.errors import NoPretrainedWeights
+from mmzoo.errors import InputError, NoPretrainedWeights
 from mmzoo.language import CACHE, MultimodalLM
 from mmzoo.layout import TokenLayout
 from mmzoo.registry import entry
@@ -29,6 +29,14 @@ SIZES = {
     "tc-llava-7b": _LLAVA_7B,
     "visualchat-7b": (888, 8_674_063_104),
     "visualchat-13b": (960, 14_955_715_328),
+    "video-ccam-4b": (639, 4_240_083_488),
+    "video-ccam-9b": (879, 9_249_460_768),
+    "video-ccam-14b": (687, 14_381_341_216),
+    "video-ccam-4b-v1.1": (639, 4_240_083_488),
+    "video-ccam-9b-v1.1": (879, 9_249_460_768),
+    "video-ccam-14b-v1.1": (687, 14_381_341_216),
+    "video-ccam-4b-v1.2": (639, 4_240_083_488),
+    "video-ccam-7b-v1.2": (783, 8_035_145_248),
 }
 
 
@@ -43,6 +51,10 @@ def a_model(name: str) -> MultimodalLM:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def media(model: MultimodalLM, batch: BatchFeature) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in model.media_inputs}
 
 
 def questions(model: MultimodalLM) -> list[str]:
@@ -90,6 +102,7 @@ def test_entry_and_model_agree(name: str) -> None:
     found, model = entry(name), mmzoo.create(name, device="meta")
     assert model.rule == masks.rule(found.rule, **model.config.rule_options)
     assert model.config.scheme == found.scheme
+    assert model.connector_rule == (masks.rule(found.connector_rule) if found.connector_rule else None)
     assert (found.license is None) == (found.weights is None)
     if found.weights is None:
         with pytest.raises(NoPretrainedWeights, match="weights=None"):
@@ -172,8 +185,60 @@ def test_cached_decoding_equals_a_full_forward(name: str, attention: str) -> Non
     )
     length = batch["input_ids"].shape[1]
     layout = TokenLayout(batch["layout"]).with_answer(5)
-    full = model(outputs.sequences, layout, pixel_values=batch["pixel_values"]).logits
+    full = model(outputs.sequences, layout, **media(model, batch)).logits
     torch.testing.assert_close(torch.stack(outputs.logits, 1), full[:, length - 1 : -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_visual_tokens_serve_several_questions(name: str) -> None:
+    model = a_model(name)
+    batch = inputs(model, [0, 1, 2])
+    shown = media(model, batch)
+    tokens = model.encode_media(batch["layout"], **shown)
+    asked = {key: value for key, value in batch.items() if key not in shown}
+    torch.testing.assert_close(model(**asked, visual_embeds=tokens).logits, model(**batch).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    again = model.generate(**asked, visual_embeds=tokens, num_beams=2, **options)
+    assert torch.equal(again, model.generate(**batch, num_beams=2, **options))
+    with pytest.raises(InputError, match="in place of pixel_values"):
+        model(**batch, visual_embeds=tokens)
+    with pytest.raises(InputError, match="media in its layout, but tokens of 0"):
+        model(**asked, visual_embeds=tokens[:, :0])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_later_turn_with_its_cache_equals_the_whole_conversation(name: str) -> None:
+    """The second turn brings a clip of its own; the cache holds the first turn and its answer."""
+    model = a_model(name)
+    asked = questions(model)
+    first = model.processor(model.processor.prompt(asked[0], "<video>"), videos=[clip(0)])
+    cache, options = DynamicCache(config=model.config.text_config), {"max_new_tokens": 4, "do_sample": False}
+    said = model.generate(**first, **options, eos_token_id=None, **{CACHE: cache})[0, first["input_ids"].shape[1] :]
+    tokenizer = model.processor.tokenizer
+    text = model.processor.prompt(asked[0], "<video>") + " ".join(tokenizer.convert_ids_to_tokens(said))
+    whole = model.processor(text + "<|end|>" + model.processor.prompt(asked[1], "<video>"), videos=[clip(0), clip(1)])
+    known = cache.get_seq_length()
+    assert torch.equal(whole["input_ids"][0, :known], torch.cat([first["input_ids"][0], said])[:known])
+    options |= {"eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    alone, later = model.generate(**whole, **options), model.generate(**whole, **options, **{CACHE: cache})
+    assert torch.equal(alone.sequences, later.sequences)
+    torch.testing.assert_close(torch.stack(alone.logits), torch.stack(later.logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_prefill_in_chunks_does_not_lose_media(name: str) -> None:
+    model = a_model(name)
+    batch = inputs(model, [0])
+    shown = media(model, batch)
+    asked = {key: value for key, value in batch.items() if key not in shown}
+    tokens = model.encode_media(batch["layout"], **shown)
+    for given in (shown, {"visual_embeds": tokens}):
+        with pytest.raises(InputError, match="all media have to stand in the first chunk"):
+            model.generate(**asked, **given, prefill_chunk_size=7, max_new_tokens=2)
+    if model.rule == masks.causal():
+        last = int(TokenLayout(batch["layout"]).visual[0].nonzero().max())
+        cut = model.generate(**asked, visual_embeds=tokens, prefill_chunk_size=last + 1, max_new_tokens=2)
+        assert torch.equal(cut, model.generate(**batch, max_new_tokens=2))
 
 
 @pytest.mark.parametrize("name", SMALL)

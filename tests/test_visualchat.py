@@ -384,7 +384,7 @@ def test_what_would_mix_the_tables_is_refused(options: dict[str, Any]) -> None:
 
 def test_a_prefill_with_images_is_not_cut() -> None:
     model = a_model()
-    with pytest.raises(InputError, match="Leave prefill_chunk_size out"):
+    with pytest.raises(InputError, match="all media have to stand in the first chunk"):
         greedy(model, model.processor.chat(ROUNDS), prefill_chunk_size=8)
 
 

@@ -1,6 +1,7 @@
 """Where an answer looked: attention weights by layer and head, with token classes, and as a picture over the frames.
 
-Shape legend: A answer tokens, L tokens, N images or frames, P patches, V visual tokens of a frame.
+Shape legend: A answer tokens, L tokens, N images or frames, P patches of one, M media that stand as one span each (an
+image, a frame, or a whole clip), V visual tokens of a medium, S frames of a medium.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class AttentionMaps:
         weights: float32 [layers, heads, A, L]: row a is the query that predicted answer token a; rows sum to 1, under a
             pair of rules to the number of softmaxes that see a key.
         layout: of the L tokens.
-        patch_weights: float32 [N, V, P]: how much each visual token took from each patch of its frame.
+        patch_weights: float32 [M, V, S * P]: how much each visual token took from each patch of its medium.
         frames: uint8 [N, H, W, 3]: what was shown.
     """
 
@@ -53,17 +54,18 @@ class AttentionMaps:
         }
 
     def by_token(self) -> Tensor:
-        """[layers, heads, A, N, V]: the weights of the visual tokens, frame by frame."""
+        """[layers, heads, A, M, V]: the weights of the visual tokens, medium by medium."""
         visual = self.weights[..., self.layout.visual[0]]
-        return visual.unflatten(-1, (len(self.frames), -1))
+        return visual.unflatten(-1, (len(self.patch_weights), -1))
 
     def by_frame(self) -> Tensor:
         """[layers, heads, A, N]: the part of each image or frame."""
-        return self.by_token().sum(-1)
+        return self.by_patch().sum(-1)
 
     def by_patch(self) -> Tensor:
         """[layers, heads, A, N, P]: the part of each patch, through the connector's own attention."""
-        return torch.einsum("...nv,nvp->...np", self.by_token(), self.patch_weights)
+        patches = torch.einsum("...mv,mvp->...mp", self.by_token(), self.patch_weights)
+        return patches.flatten(-2).unflatten(-1, (len(self.frames), -1))
 
     def draw(self, path: str | Path, *, token: int = 0, layer: int | None = None, head: int | None = None) -> Path:
         """Write a PNG: the frames, brighter where the answer looked, and each frame's share as a bar.

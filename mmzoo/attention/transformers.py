@@ -265,7 +265,8 @@ def backbone_mask(
 ) -> Tensor | BlockMask | tuple[Call, ...] | Pair | dict[str, Tensor]:
     """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
-    A sliding layer keeps its window on top of the rule. FlexAttention is given a block mask, flash its calls.
+    A sliding layer keeps its window on top of the rule; in Phi-3, which names no layer types, every layer is one.
+    FlexAttention is given a block mask, flash its calls.
 
     Raises:
         UnsupportedMask: a layer is of a type that takes no mask.
@@ -276,7 +277,11 @@ def backbone_mask(
         return _fused_mask(attention, rule, layout, num_queries, cache, config)
     types: list[str] = list(getattr(config, "layer_types", None) or ())
     if set(types) <= {"full_attention"}:
-        return mask_for(rule, layout, num_queries, cache)
+        mask = mask_for(rule, layout, num_queries, cache)
+        window = None if types else getattr(config, "sliding_window", None)
+        if window is None or len(layout) <= window:
+            return mask
+        return mask & mask_for(_recent(window), layout, num_queries, cache)
     masks = {}
     for kind in dict.fromkeys(types):
         layer = types.index(kind)
@@ -295,7 +300,9 @@ def _fused_mask(
     if isinstance(rule, tuple):
         one, other = (_fused_mask(attention, branch, layout, num_queries, cache, config) for branch in rule)
         return Pair((one, other))
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    types = getattr(config, "layer_types", None)
+    window = None if types else getattr(config, "sliding_window", None)
+    if "sliding_attention" in (types or ()) or (window is not None and len(layout) > window):
         reason = "a sliding layer needs its window on top of the rule, and all layers are given one mask"
         raise UnsupportedMask(attention, rule.name, reason, ["sdpa"])
     if cache is not None and cache.get_mask_sizes(num_queries, 0) != (len(layout), 0):

@@ -63,13 +63,20 @@ def as_vision_config(tower: PreTrainedConfig | dict[str, Any] | str | None) -> P
     return AutoConfig.for_model(**tower)
 
 
-def build_vision_encoder(config: PreTrainedConfig) -> tuple[nn.Module, int]:
+def build_vision_encoder(config: PreTrainedConfig, layer: int | None = None) -> tuple[nn.Module, int]:
     """The encoder with random weights, and the width D of its features.
 
+    Args:
+        config: of the whole tower.
+        layer: build no more than this hidden state needs: see `cut_at_layer`.
+
     Raises:
-        InputError: no such kind of tower.
+        InputError: no such kind of tower, or a layer of one that gives its output only.
         MissingExtra: its library is not installed.
     """
+    if layer is not None:
+        encoder, width = build_vision_encoder(config)
+        return cut_at_layer(encoder, layer), width
     if isinstance(config, SiglipVisionConfig):
         return SiglipVisionModel(config), config.hidden_size
     if isinstance(config, CLIPVisionConfig):
@@ -84,6 +91,28 @@ def build_vision_encoder(config: PreTrainedConfig) -> tuple[nn.Module, int]:
         f"No vision encoder for {config.model_type!r}. Use a SigLIP, CLIP or Qwen-VL config, or a name 'timm:...' or "
         "'open_clip:...'."
     )
+
+
+def cut_at_layer(encoder: nn.Module, layer: int) -> nn.Module:
+    """The same tower, without what comes after hidden state `layer`, which is now its output.
+
+    Neither the layers above nor the last norm and the pooling head are kept, and no hidden state is held for longer
+    than the next layer needs it.
+
+    Raises:
+        InputError: a timm or open_clip tower, or a layer that the tower does not have.
+    """
+    if not isinstance(encoder, SiglipVisionModel):
+        raise InputError(f"A {type(encoder).__name__} cannot be cut at a layer. Use a SigLIP tower of transformers.")
+    layers = encoder.encoder.layers
+    states = len(layers) + 1
+    if not -states <= layer < states:
+        raise InputError(f"The tower has hidden states 0 to {states - 1}, no layer {layer}.")
+    del layers[layer % states :]
+    encoder.post_layernorm, encoder.use_head = nn.Identity(), False
+    if hasattr(encoder, "head"):
+        del encoder.head
+    return encoder
 
 
 def patch_features(

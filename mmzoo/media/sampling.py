@@ -76,6 +76,25 @@ def ccam_fps(*, num_total: int, video_fps: float, fps: float, num_frames: int | 
     return indices[indices < num_total][:num_frames].tolist()
 
 
+def ccam_demo(*, num_total: int, num_frames: int) -> list[int]:
+    """Video-CCAM's demo: segment centres, cut only after the mean of two ends; every frame of a short clip."""
+    if num_frames > num_total:
+        return list(range(num_total))
+    ends = np.linspace(0, num_total, num_frames + 1)
+    return np.floor((ends[:-1] + ends[1:]) / 2).astype(int).tolist()
+
+
+def ccam_demo_fps(*, num_total: int, video_fps: float, fps: float, num_frames: int | None = None) -> list[int]:
+    """Video-CCAM's demo by rate: cuts where `ccam_fps` rounds, and spreads over the clip what exceeds `num_frames`."""
+    if fps >= video_fps:
+        indices = list(range(num_total))
+    else:
+        indices = np.arange(0, num_total, video_fps / fps).astype(int).tolist()
+    if num_frames is not None and len(indices) > num_frames:
+        return ccam_demo(num_total=num_total, num_frames=num_frames)
+    return indices
+
+
 def every_frame(*, num_total: int) -> list[int]:
     """All frames in order."""
     return list(range(num_total))
@@ -90,6 +109,8 @@ SAMPLING_RULES: dict[str, Callable[..., list[int]]] = {
     "vlmevalkit_fps": vlmevalkit_fps,
     "ccam_uniform": ccam_uniform,
     "ccam_fps": ccam_fps,
+    "ccam_demo": ccam_demo,
+    "ccam_demo_fps": ccam_demo_fps,
     "all": every_frame,
 }
 
@@ -112,7 +133,7 @@ def sample_indices(
     Args:
         rule: a name in `SAMPLING_RULES`.
         num_total: frames the video has.
-        num_frames: frames wanted; for `ccam_fps` the most that are kept.
+        num_frames: frames wanted; for `ccam_fps` and `ccam_demo_fps` the most that are kept.
         video_fps: the video's own frames a second. Always welcome, used by the rules that count in seconds.
         fps: frames a second wanted, for the rules by rate.
         bound: start and end in seconds (`mvbench`).

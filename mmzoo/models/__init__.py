@@ -7,6 +7,7 @@ _AKI = {"family": "aki", "task": VIDEO, "rule": "modality-mutual", "scheme": "se
 _LLAVA = {"family": "llava", "task": IMAGE, "rule": "causal", "scheme": "sequential", "paper": "arXiv:2310.03744"}
 _CCA = {"family": "cca_llava", "task": IMAGE, "rule": "concentric-causal", "scheme": "concentric", "paper": "arXiv:2410.15926"}  # fmt: skip  # noqa: E501
 _TC = {"family": "tc_llava", "task": VIDEO, "rule": "frame-block-causal", "scheme": "temporal-dual", "paper": "arXiv:2409.03206"}  # fmt: skip  # noqa: E501
+_CCAM = {"family": "video_ccam", "task": VIDEO, "rule": "causal", "connector_rule": "ccam", "scheme": "sequential", "paper": "arXiv:2408.14023"}  # fmt: skip  # noqa: E501
 _VISUALCHAT = {
     "family": "visualchat",
     "task": IMAGE,
@@ -31,3 +32,14 @@ register(Entry("tc-llava-nano", **_TC, summary="TC-LLaVA's classes at 0.3 M para
 register(Entry("visualchat-7b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 7B"))
 register(Entry("visualchat-13b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 13B"))
 register(Entry("visualchat-tiny", **_VISUALCHAT, summary="DeepSpeed-VisualChat's classes at test size, random weights"))
+
+register(Entry("video-ccam-4b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-mini-4k", weights="hf-hub:JaronTHU/Video-CCAM-4B", license="mit"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-9b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Yi-1.5-9B-Chat", weights="hf-hub:JaronTHU/Video-CCAM-9B", license="mit"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-14b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-medium-4k", weights="hf-hub:JaronTHU/Video-CCAM-14B", license="mit"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-4b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-mini-4k", weights="hf-hub:JaronTHU/Video-CCAM-4B-v1.1", license="unknown"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-9b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Yi-1.5-9B-Chat", weights="hf-hub:JaronTHU/Video-CCAM-9B-v1.1", license="mit"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-14b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-medium-4k", weights="hf-hub:JaronTHU/Video-CCAM-14B-v1.1", license="unknown"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-4b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3.5-mini", weights="hf-hub:JaronTHU/Video-CCAM-4B-v1.2", license="unknown"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-7b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Qwen2.5-7B-Instruct", weights="hf-hub:JaronTHU/Video-CCAM-7B-v1.2", license="apache-2.0"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-tiny", **_CCAM, summary="Video-CCAM's classes at test size, random weights"))
+register(Entry("video-ccam-nano", **_CCAM, summary="Video-CCAM's classes at 0.3 M parameters, trained in the synthetic world"))  # fmt: skip  # noqa: E501

@@ -35,7 +35,7 @@ from mmzoo.encoders.qwen_vit import QwenVisionConfig
 from mmzoo.encoders.vision import as_vision_config, build_vision_encoder, patch_features
 from mmzoo.errors import CheckpointError, InputError
 from mmzoo.hub import tensor_shapes
-from mmzoo.language import MultimodalConfig, MultimodalLM
+from mmzoo.language import MultimodalConfig, MultimodalLM, media_starts
 from mmzoo.layout import Span, TokenLayout, image
 from mmzoo.processing import IMAGE, VIDEO, MultimodalProcessor, word_tokenizer
 from mmzoo.world import VOCABULARY
@@ -150,12 +150,13 @@ class VisualChat(MultimodalLM):
             return super().word_embeddings(input_ids, layout)
         return self.lang_embed(input_ids)
 
-    def _encoded(self, pixel_values: Tensor, real: Tensor) -> Tensor:
-        tokens = super()._encoded(pixel_values, real)
+    def encode_media(self, layout: Tensor | TokenLayout, pixel_values: Tensor) -> Tensor:
+        tokens = super().encode_media(layout, pixel_values)
         if self.config.image_order == "natural":
             return tokens
-        last = real.sum(1, keepdim=True) - 1
-        order = (last - torch.arange(real.shape[1], device=real.device)) % real.shape[1]
+        layout = layout if isinstance(layout, TokenLayout) else TokenLayout(layout)
+        last, most = media_starts(layout).sum(1, keepdim=True) - 1, tokens.shape[1]
+        order = (last - torch.arange(most, device=tokens.device)) % most
         return tokens.gather(1, order[..., None, None].expand_as(tokens))
 
     def attend(self, source: Any, question: str, **options: Any) -> AttentionMaps:
