@@ -1,6 +1,6 @@
 """What needs a GPU, most important first: are the masks right there, and what do they cost.
 
-    python benchmarks/gpu.py [--only verdicts|tiles|backends|head_dims|decoding] [--json benchmarks/results/gpu.json]
+    python benchmarks/gpu.py [--only verdicts tiles backends head_dims decoding] [--json benchmarks/results/gpu.json]
 
 Ratios come from runs side by side in one process. Each part takes well under ten minutes.
 """
@@ -38,7 +38,7 @@ WITHOUT_PIXELS = {"causal": masks.causal(), **RULES}
 def in_parallel(function: Callable[[Any], Any], items: Any) -> dict[str, Any]:
     """One process an item: compiling takes the processor, not the GPU."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(15, os.cpu_count() or 1), mp_context=context) as pool:
         return {str(item): found for item, found in zip(items, pool.map(function, items), strict=True)}
 
 
@@ -171,13 +171,13 @@ def main() -> None:
         "decoding": decoding,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=parts)
+    parser.add_argument("--only", choices=parts, nargs="+", default=list(parts))
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here: torch.cuda.is_available() is false.")
     results: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
-    for name in [options.only] if options.only else parts:
+    for name in options.only:
         measured_on = {"date": date.today().isoformat(), "device": device_name(DEVICE), "versions": versions()}
         results[name] = {**measured_on, "results": parts[name]()}
         with replacing(options.json) as temporary:

@@ -68,8 +68,10 @@ Each cell ran in these scenarios where they apply: {scenarios}.
 
 ## On a GPU
 
-By `python benchmarks/gpu.py` on {gpu_date}: {gpu}. Refusals have the
-reasons above, or name a package that was not installed there.
+By `python benchmarks/gpu.py` on {gpu_date}: {gpu}. Refusals have the reasons above, or name a
+package that was not installed there. Its layouts fit into one tile of 128 tokens; gradients over several tiles, packed and
+padded rows and grouped heads in bfloat16, models and compiled steps were compared by `pytest -m gpu` on the same day and
+device.
 
 {gpu_table}
 """

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+import mmzoo
 from mmzoo import masks
 from mmzoo.attention import attend
 from mmzoo.attention.backends import BACKENDS
 from mmzoo.attention.verdicts import EXAMPLES, SCENARIOS, verdict
 from mmzoo.layout import TokenLayout, batch, lay_out, pack, text, video
+from mmzoo.registry import entry
+from mmzoo.world import make_clip
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,8 +37,7 @@ def a_batch(lengths: tuple[int, ...], frames: int = 3, side: int = 9) -> TokenLa
     return batch([pack(rows[:2]), rows[-1]], "left").to("cuda")
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 2), (14, 2)])
+@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(8, 8, 64), (8, 2, 128), (14, 2, 80)])
 @pytest.mark.parametrize("attention", FUSED)
 def test_larger_layouts_in_bfloat16(attention: str, heads: int, groups: int, head_dim: int) -> None:
     """Lengths that are no multiple of a tile, packed and padded rows, grouped heads; NaN where nothing is written."""
@@ -66,13 +68,14 @@ def test_new_layouts_and_rules_of_as_many_terms_do_not_recompile() -> None:
                 run(masks.frame_block_causal(), a_batch(lengths, side=4))
 
 
+@pytest.mark.parametrize("rule", ["frame-block-causal", "mmca"])
 @pytest.mark.parametrize("attention", FUSED)
-def test_a_language_model_trains_and_answers_as_with_sdpa(attention: str) -> None:
+def test_a_language_model_trains_and_answers_as_with_sdpa(attention: str, rule: str) -> None:
     from test_language import GREEDY, SIZES, LanguageModel, MultimodalConfig
 
     torch.manual_seed(0)
     sizes = {**SIZES, "hidden_size": 128, "model_type": "llama"}
-    model = LanguageModel(MultimodalConfig(text_config=sizes, rule="frame-block-causal")).cuda()
+    model = LanguageModel(MultimodalConfig(text_config=sizes, rule=rule)).cuda()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     model = model.to(torch.bfloat16 if attention == "varlen" else torch.float32)
@@ -108,3 +111,13 @@ def test_a_compiled_training_step_with_flex_attention() -> None:
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in mmzoo.list_models("*-nano") if entry(name).weights])
+def test_what_ships_answers_on_a_gpu_as_on_a_cpu(name: str) -> None:
+    clip = make_clip(0, split="test", size=32)
+    questions = [question.text for question in clip.questions]
+    expected = [mmzoo.load(name).ask(clip.frames, question).text for question in questions]
+    for attention in ("sdpa", "flex_attention"):
+        model = mmzoo.load(name, device="cuda", attention=attention)
+        assert [model.ask(clip.frames, question).text for question in questions] == expected
