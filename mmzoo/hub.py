@@ -108,7 +108,7 @@ def read_tensors(folder: Path, sha256: Mapping[str, str] | None = None) -> dict[
     check_files(folder, sha256)
     tensors: dict[str, torch.Tensor] = {}
     for name in _shards(folder):
-        tensors.update(_tensors(folder / name))
+        tensors.update(read_file(folder / name))
     return tensors
 
 
@@ -129,9 +129,11 @@ def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, safetensors or torch's. Raises CheckpointError if it is damaged or holds code."""
     from safetensors.torch import load_file
 
+    _shapes_in(path)
     return _unpickled(path, "cpu") if path.suffix == ".bin" else load_file(path)
 
 

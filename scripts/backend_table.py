@@ -46,7 +46,10 @@ def reasons(device: str) -> list[str]:
                 if one.kind == "refused":
                     refusing.setdefault(one.detail, {})[f"`{rule}`"] = None
         for reason, rules in refusing.items():
-            lines.append(f"- `{name}`, {'every rule' if len(rules) == len(EXAMPLES) else ', '.join(rules)}: {reason}.")
+            which = "every rule" if len(rules) == len(EXAMPLES) else ", ".join(rules)
+            lines.append(
+                f"- `{name}`, {which if len(rules) < 10 or which == 'every rule' else 'the others'}: {reason}."
+            )
     return lines
 
 
@@ -68,10 +71,10 @@ Each cell ran in these scenarios where they apply: {scenarios}.
 
 ## On a GPU
 
-By `python benchmarks/gpu.py` on {gpu_date}: {gpu}. Refusals have the reasons above, or name a
-package that was not installed there. Its layouts fit into one tile of 128 tokens; gradients over several tiles, packed and
-padded rows and grouped heads in bfloat16, models and compiled steps were compared by `pytest -m gpu` on the same day and
-device.
+By `python benchmarks/gpu.py` on {gpu_date}:
+{gpu}. Refusals have the reasons above, or name a package that was not installed there.
+Its layouts fit into one tile of 128 tokens; gradients over several tiles, packed and padded rows and grouped heads in
+bfloat16, models and compiled steps were compared by `pytest -m gpu` on the same day and device.
 
 {gpu_table}
 """

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -596,12 +595,7 @@ def _weights(folder: Path, *names: str) -> dict[str, Tensor]:
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder} holds none of {', '.join(names)}.")
-    try:
-        if path.suffix == ".bin":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return load_file(path)
-    except Exception as error:  # each format has errors of its own
-        raise CheckpointError(f"{path} is damaged: {error}. Download or copy it again.") from error
+    return hub.read_file(path)
 
 
 def _check_names(what: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
