@@ -27,7 +27,7 @@ register(Entry("cca-llava-tiny", **_CCA, summary="CCA-LLaVA's classes at test si
 register(Entry("cca-nano", **_CCA, summary="CCA-LLaVA's classes at 0.3 M parameters, trained in the synthetic world"))  # fmt: skip  # noqa: E501
 register(Entry("tc-llava-7b", **_TC, summary="LLaVA-1.5 on clips, under frame-wise block causal attention; no weights were released"))  # fmt: skip  # noqa: E501
 register(Entry("tc-llava-tiny", **_TC, summary="TC-LLaVA's classes at test size, random weights"))
-register(Entry("tc-llava-nano", **_TC, summary="TC-LLaVA's classes at 0.3 M parameters, trained in the synthetic world"))  # fmt: skip  # noqa: E501
+register(Entry("tc-llava-nano", **_TC, summary="TC-LLaVA's classes at 0.3 M parameters, trained in the synthetic world", weights="package:tc-llava-nano", license="apache-2.0", sha256={"model.safetensors": "102cc83c560eaacfa5eb4c6cdaec2827abccc6fc325eebe87b384f50033e43cd"}))  # fmt: skip  # noqa: E501
 
 register(Entry("visualchat-7b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 7B"))
 register(Entry("visualchat-13b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 13B"))
