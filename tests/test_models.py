@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_varlen import by_definition
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import BatchFeature, DynamicCache, StaticCache
 
 import mmzoo
 from mmzoo import hub, masks
-from mmzoo.errors import InputError, NoPretrainedWeights
+from mmzoo.attention import backends
+from mmzoo.errors import InputError, NoPretrainedWeights, UnsupportedMask
 from mmzoo.language import CACHE, MultimodalLM
 from mmzoo.layout import TokenLayout
 from mmzoo.registry import entry
@@ -145,6 +148,37 @@ def test_backends_agree(name: str) -> None:
         valid = TokenLayout(batch["layout"]).valid
         results[attention] = model(**batch).logits[valid]
     torch.testing.assert_close(results["sdpa"], results["eager"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention uncompiled, and flash with its kernel written out: what they are handed is as on a GPU."""
+    flex, flash = backends.Flex(), backends.Flash("varlen", by_definition)
+    for backend in (flex, flash):
+        refuses = backend.refuses
+        monkeypatch.setattr(
+            backend, "refuses", lambda rule, device, head_dim=None, refuses=refuses: refuses(rule, torch.device("cuda"))
+        )
+        monkeypatch.setitem(backends.BACKENDS, backend.name, backend)
+    monkeypatch.setattr(backends, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(backends.Flash, "DTYPES", (torch.float32,))
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "varlen"])
+@pytest.mark.parametrize("name", SMALL)
+def test_fused_backends_agree_or_refuse(name: str, attention: str, fused_on_a_cpu: None) -> None:
+    model = a_model(name)
+    batch = inputs(model, [0, 1, 2])
+    valid = TokenLayout(batch["layout"]).valid
+    with torch.no_grad():
+        expected = model(**batch).logits[valid]
+        rules = model.rule if isinstance(model.rule, tuple) else (model.rule,)
+        if any(backends.BACKENDS[attention].refuses(rule, torch.device("cpu")) for rule in rules):
+            with pytest.raises(UnsupportedMask, match=attention):
+                model.set_attention(attention)
+            return
+        model.set_attention(attention)
+        torch.testing.assert_close(model(**batch).logits[valid], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
