@@ -381,13 +381,13 @@ class MultimodalLM(Asking, PreTrainedModel, GenerationMixin):
         size = kwargs.get("prefill_chunk_size") or options.prefill_chunk_size
         if not size:
             return
-        media = any(kwargs.get(name) is not None for name in (*self.media_inputs, "visual_embeds"))
-        if media and bool(layout.visual[:, size:].any()):
-            raise InputError(f"prefill_chunk_size={size} is too small: all media have to stand in the first chunk.")
         illegal = set(range(size, len(layout), size)) - set(prefill_cuts(self.rule, layout))
         if illegal:
             reason = f"prefill_chunk_size={size} cuts at token {min(illegal)}, where earlier tokens see later ones"
             raise UnsupportedMask("chunked prefill", self.rule_name, reason)
+        media = any(kwargs.get(name) is not None for name in (*self.media_inputs, "visual_embeds"))
+        if media and bool(layout.visual[:, size:].any()):
+            raise InputError(f"prefill_chunk_size={size} is too small: all media have to stand in the first chunk.")
 
     def prepare_inputs_for_generation(
         self,

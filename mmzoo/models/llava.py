@@ -178,10 +178,10 @@ class LlavaProcessor(MultimodalProcessor):
         return ids[:max_length]
 
     def marker_ids(self, marker: str) -> list[int]:
-        """The ids of a marker where it stands in a conversation: a turn begins without a space after the last one."""
-        if marker != self.turn_marker:
-            return super().marker_ids(marker)
-        return self.tokenizer(self.tokenizer.eos_token + marker, add_special_tokens=False)["input_ids"][1:]
+        """The ids of a marker where it stands in a conversation: an answer comes after a space, a turn after none."""
+        before, space = (self.tokenizer.eos_token, "") if marker == self.turn_marker else ("a", " ")
+        alone, whole = super().marker_ids(before), super().marker_ids(before + space + marker)
+        return whole[len(alone) :]
 
     def lay_out(self, tokens: Sequence[int], media: Sequence[Span]) -> tuple[list[int], TokenLayout]:
         """As the base class; media tokens get the padding's id, since the embedding has no row for `<image>`."""
