@@ -115,7 +115,7 @@ def weaknesses(table: dict[str, dict[str, object]]) -> str:
         said.append(f"often wrong: {', '.join(far)}.")
     if worse:
         said.append(
-            "combinations of colour and shape that it never saw in training: it takes their absence for a\n"
+            "Combinations of colour and shape that it never saw in training: it takes their absence for a\n"
             f"rule of the world, and is worse than blind on them in {', '.join(worse)}."
         )
     return " ".join(said) or "nothing of what this table asks."

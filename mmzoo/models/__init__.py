@@ -24,7 +24,7 @@ register(Entry("llava-1.5-7b", **_LLAVA, summary="CLIP-L/336, a two-layer projec
 register(Entry("llava-tiny", **_LLAVA, summary="LLaVA's classes at test size, random weights"))
 register(Entry("cca-llava-7b", **_CCA, summary="LLaVA-1.5 under concentric causal attention", weights="hf-hub:xing0047/cca-llava-1.5-7b", license="llama2"))  # fmt: skip  # noqa: E501
 register(Entry("cca-llava-tiny", **_CCA, summary="CCA-LLaVA's classes at test size, random weights"))
-register(Entry("cca-nano", **_CCA, summary="CCA-LLaVA's classes at 0.3 M parameters, trained in the synthetic world"))  # fmt: skip  # noqa: E501
+register(Entry("cca-nano", **_CCA, summary="CCA-LLaVA's classes at 0.3 M parameters, trained in the synthetic world", weights="package:cca-nano", license="apache-2.0", sha256={"model.safetensors": "8c6872627a9e1df30a216625a80cd6c97a9ad6084ace769142eb154a95d4d0c0"}))  # fmt: skip  # noqa: E501
 register(Entry("tc-llava-7b", **_TC, summary="LLaVA-1.5 on clips, under frame-wise block causal attention; no weights were released"))  # fmt: skip  # noqa: E501
 register(Entry("tc-llava-tiny", **_TC, summary="TC-LLaVA's classes at test size, random weights"))
 register(Entry("tc-llava-nano", **_TC, summary="TC-LLaVA's classes at 0.3 M parameters, trained in the synthetic world", weights="package:tc-llava-nano", license="apache-2.0", sha256={"model.safetensors": "102cc83c560eaacfa5eb4c6cdaec2827abccc6fc325eebe87b384f50033e43cd"}))  # fmt: skip  # noqa: E501
