@@ -128,11 +128,12 @@ class Lengths:
 
     Args:
         processor: the family's.
+        template: "chat" or "caption".
         max_text_tokens: longer texts are cut, before media take their places.
     """
 
-    def __init__(self, processor: MultimodalProcessor, max_text_tokens: int | None):
-        self.processor, self.max_text_tokens = processor, max_text_tokens
+    def __init__(self, processor: MultimodalProcessor, template: str, max_text_tokens: int | None):
+        self.processor, self.template, self.max_text_tokens = processor, template, max_text_tokens
         frame = processor.pixels([Image.new("RGB", (64, 64))])
         clip = frame.expand(processor.num_frames, *frame.shape[1:])
         self.spans: dict[str, list[Span]] = {
@@ -145,7 +146,9 @@ class Lengths:
         standing = [self.spans[place] for place in re.findall(f"{IMAGE}|{VIDEO}", text)]
         ids = self.processor.encode(self.processor.expand(text, standing), max_length=self.max_text_tokens)
         _, layout = self.processor.lay_out(ids, [span for spans in standing for span in spans])
-        if not bool(((layout.role == int(Role.ANSWER)) & (layout.modality == int(Modality.TEXT))).any()):
+        answer = (layout.role == int(Role.ANSWER)) & (layout.modality == int(Modality.TEXT))
+        # Without the marker of an answer, a layout takes all of a text for one.
+        if not bool(answer.any()) or (self.template == "chat" and bool(answer[0, 0])):
             raise InputError(f"nothing of the answer is left of the first {self.max_text_tokens} tokens of the text")
         return len(layout)
 
@@ -154,7 +157,7 @@ def load_samples(
     source: Source, processor: MultimodalProcessor, template: str, max_tokens: int, max_text_tokens: int | None
 ) -> tuple[list[Sample], list[Problem]]:
     """The samples of a source, and what is wrong with those that cannot be used."""
-    length, samples, problems = Lengths(processor, max_text_tokens), [], []
+    length, samples, problems = Lengths(processor, template, max_text_tokens), [], []
     for record in read_records(source.path, source.format, source.media):
         if isinstance(record, Problem):
             problems.append(record)
@@ -347,8 +350,9 @@ class RecordLoader:
     """Batches of rows, in an order that is a function of seed and epoch alone.
 
     Every epoch has as many batches as the first, which Lightning and learning-rate schedules count on: where packing
-    gives fewer, some are halved, and where it gives more, the last are left out. Lightning keeps `state_dict` in its
-    checkpoints, and goes on with exactly the batches that remained.
+    gives fewer, some are halved, and where it gives more, the last are left out. One pass gives so many batches; a pass
+    after one that was left goes on where that stood. Lightning keeps `state_dict` in its checkpoints; the pass after
+    `load_state_dict` gives the batches that remained of the epoch.
 
     Args:
         rows: the samples.
@@ -376,7 +380,7 @@ class RecordLoader:
         self.rows, self.groups, self.batching, self.weights, self.seed = rows, groups, batching, weights, seed
         self.skip, self.num_workers, self.rank, self.world_size = skip, num_workers, rank, world_size
         self.lengths = [sample.length for sample in rows.samples]
-        self.epoch, self.batch, self.begun = 0, 0, False
+        self.epoch, self.batch, self.resumed = 0, 0, False
         self.skipped: list[Problem] = []
         self.count = max(len(self._batches(0)) // world_size, 1) * world_size
 
@@ -398,22 +402,28 @@ class RecordLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.seed is None:
             self.batch, self.skipped = 0, []
-        elif self.begun or self.batch >= self.count:
-            self.epoch, self.batch, self.skipped = self.epoch + 1, 0, []
-        self.begun = True
-        remaining = self.plan(self.epoch)[self.batch :]
-        mine = remaining[self.rank :: self.world_size][: len(remaining) // self.world_size]
+        done = self.batch // self.world_size % len(self) if self.resumed else 0
+        self.resumed, wanted = False, len(self) - done
+        while wanted > 0:
+            if self.batch >= self.count:
+                self.epoch, self.batch, self.skipped = self.epoch + 1, 0, []
+            remaining = self.plan(self.epoch)[self.batch :]
+            mine = remaining[self.rank :: self.world_size][: len(remaining) // self.world_size][:wanted]
+            wanted -= len(mine)
+            yield from self._read(mine)
+
+    def _read(self, batches: Sequence[list[Row]]) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
             self.rows,
-            batch_sampler=mine,
+            batch_sampler=batches,
             collate_fn=self.rows.collate,
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(0),  # so that nothing is drawn from the global one
         )
-        for done, (batch, problems) in enumerate(loader, 1):
+        for batch, problems in loader:
             self.batch += self.world_size
             self._note(problems)
-            if done == len(mine):  # not after the loop, which nobody ends who counts batches
+            if self.batch >= self.count:  # not after the loop, which nobody ends who counts batches
                 self._report()
             if batch is not None:
                 yield batch
@@ -454,7 +464,7 @@ class RecordLoader:
                 "The checkpoint was written with other samples, batching or seed: which of them remain is not known. "
                 "Restore the data and options of that run, or start a new run from the saved model."
             )
-        self.epoch, self.batch, self.begun = state["epoch"], state["batch"], False
+        self.epoch, self.batch, self.resumed = state["epoch"], state["batch"], True
         self.skipped = [Problem(*problem) for problem in state["skipped"]]
 
 

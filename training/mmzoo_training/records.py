@@ -298,9 +298,18 @@ def _read_tar(path: Path, format: str | None) -> Iterator[Record | Problem]:
                     yield from _tar_sample(path, members, format)
                     members = {}
                 members[kind.lower()] = Member(str(path), member.name, member.offset_data, member.size)
+            whole = _has_end(path, tar.offset)
         yield from _tar_sample(path, members, format)
+        if not whole:  # which tarfile takes for the end
+            yield Problem(str(path), key, "", "cut off: the file has no end mark after this sample")
     except tarfile.TarError as error:
         yield Problem(str(path), key, "", f"not an uncompressed tar file, or cut off: {error}")
+
+
+def _has_end(path: Path, offset: int) -> bool:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _tar_sample(path: Path, members: dict[str, Member], format: str | None) -> Iterator[Record | Problem]:
