@@ -185,6 +185,35 @@ def demo(output: OutputFolder = Path("demo_output")) -> None:
         _draw(model, rows[0][1], output, path.stem)
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Training data of one's own.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="a .json, .jsonl or .tar file, or a folder")],
+    format: Annotated[str | None, typer.Option(help="llava, swift, chat or webdataset; told by the content")] = None,
+    media: Annotated[Path | None, typer.Option(help="the folder that paths of media start from")] = None,
+    read_media: Annotated[bool, typer.Option(help="also open every image and video")] = False,
+) -> None:
+    """Say what is wrong with training data: file, line and field of every problem. Exit code 1 if there is one."""
+    from mmzoo_training.records import load_records, unreadable
+
+    records, problems = load_records([(path, format, media)])
+    bad = [unreadable(record) for record in records] if read_media else []
+    problems += [problem for found in bad for problem in found]
+    if problems:
+        table = Table("file", "line", "field", "problem")
+        for problem in problems:
+            table.add_row(*(escape(str(part)) for part in problem))
+        console.print(table)
+    usable = len(records) - sum(map(bool, bad))
+    images, videos = (sum(len(getattr(record, kind)) for record in records) for kind in ("images", "videos"))
+    console.print(f"{usable} usable records, {images} images, {videos} videos; {len(problems)} problems")
+    if problems or not records:
+        raise typer.Exit(1)
+
+
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 

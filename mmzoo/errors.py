@@ -76,6 +76,20 @@ class InputError(MmzooError, ValueError):
     """Inputs that do not fit together, such as more `<image>` places than images."""
 
 
+class DatasetError(MmzooError, ValueError):
+    """Training data that cannot be used as they are.
+
+    Attributes:
+        problems: each as one line of text: file, line, field, what is wrong.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str], shown: int = 20):
+        self.problems = list(problems)
+        lines = [message, *(f"  {problem}" for problem in self.problems[:shown])]
+        hidden = len(self.problems) - shown
+        super().__init__("\n".join([*lines, f"  and {hidden} more"] if hidden > 0 else lines))
+
+
 class VideoReadError(MmzooError, OSError):
     """A video could not be read, or not as many frames as were asked for.
 

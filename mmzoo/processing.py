@@ -6,9 +6,9 @@ Shape legend: B batch, L tokens, K layout fields, M media of the fullest sample,
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,20 @@ from mmzoo.media import Video, read_image, read_video
 IMAGE, VIDEO = "<image>", "<video>"
 
 
+class Turn(NamedTuple):
+    """One exchange to train on.
+
+    Attributes:
+        question: plain text, without places of media.
+        answer: what the model shall say.
+        media: the places `<image>` and `<video>` of what arrives with the question.
+    """
+
+    question: str
+    answer: str
+    media: str = ""
+
+
 class MultimodalProcessor(ProcessorMixin):
     """Base of the families' processors. A family says how many tokens a medium takes and how a question is put.
 
@@ -39,6 +53,8 @@ class MultimodalProcessor(ProcessorMixin):
 
     sampling: ClassVar[str] = "linspace"
     """The rule by which frames are taken from a clip: a name in `mmzoo.media.SAMPLING_RULES`."""
+    multi_turn: ClassVar[bool] = False
+    """Whether `dialogue` takes more than one turn."""
 
     def __init__(
         self,
@@ -75,6 +91,32 @@ class MultimodalProcessor(ProcessorMixin):
     def prompt(self, question: str, media: str = "") -> str:
         """The text that puts a question; `media` holds the places of what it is about."""
         raise NotImplementedError
+
+    def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        """The text of questions with their answers, as the family is trained on it: each answer with its end.
+
+        In each turn media stand before the question.
+
+        Args:
+            turns: from the first on.
+            system: in place of the processor's own system text.
+
+        Raises:
+            InputError: several turns, or a system text, for a family that has no place for them.
+        """
+        (turn,) = self._single(turns)
+        if system is not None:
+            raise InputError(f"{type(self).__name__} has no place for a system text.")
+        return self.prompt(turn.question, turn.media) + turn.answer + self.tokenizer.eos_token
+
+    def caption(self, text: str, media: str = IMAGE) -> str:
+        """The text of a captioned medium, all of it a target."""
+        return media + text.strip() + self.tokenizer.eos_token
+
+    def _single(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        if len(turns) != 1:
+            raise InputError(f"{type(self).__name__} is trained on single turns, got {len(turns)}.")
+        return turns
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
         """The ids of one sample's text, with one `<image>` for each span."""
@@ -118,16 +160,27 @@ class MultimodalProcessor(ProcessorMixin):
         images_of = self._per_sample(images, isinstance(text, str), len(texts), "images")
         videos_of = self._per_sample(videos, isinstance(text, str), len(texts), "videos")
         ids, layouts, pixels = [], [], []
-        for sample_text, sample_images, sample_videos in zip(texts, images_of, videos_of, strict=True):
-            media, spans, expanded = self._media_in_order(sample_text, sample_images, sample_videos)
-            tokens = self.encode(expanded, add_special_tokens=add_special_tokens, max_length=max_length)
-            sample_ids, layout = self.lay_out(tokens, spans)
+        for sample in zip(texts, images_of, videos_of, strict=True):
+            sample_ids, layout, media = self.sample(
+                *sample, add_special_tokens=add_special_tokens, max_length=max_length
+            )
             ids.append(sample_ids)
             layouts.append(layout)
             pixels.append(media)
         return self.collate(
             ids, layouts, pixels, padding_side=padding_side, pad_to_multiple_of=pad_to_multiple_of, labels=labels
         )
+
+    def sample(
+        self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **options: Any
+    ) -> tuple[list[int], TokenLayout, list[torch.Tensor]]:
+        """One sample as `collate` takes it: ids, layout [1, L, K], and the pixels [F, C, H, W] of its media in order.
+
+        Options are those of `encode`; errors are those of a call.
+        """
+        pixels, spans = self._media_in_order(text, list(images), list(videos))
+        tokens = self.encode(self.expand(text, spans), **options)
+        return *self.lay_out(tokens, [span for standing in spans for span in standing]), pixels
 
     def ask(self, question: str, *, image: Any = None, video: Any = None) -> BatchFeature:
         """The inputs for one question about an image or a video."""
@@ -189,8 +242,8 @@ class MultimodalProcessor(ProcessorMixin):
 
     def _media_in_order(
         self, text: str, images: list[Any], videos: list[Any]
-    ) -> tuple[list[torch.Tensor], list[Span], str]:
-        """Pixels [F, C, H, W] and spans of a sample's media in order, and its text with `<image>` for every span."""
+    ) -> tuple[list[torch.Tensor], list[list[Span]]]:
+        """Pixels [F, C, H, W] and spans of each of a sample's media, in the order of their places."""
         for place, media in ((IMAGE, images), (VIDEO, videos)):
             if text.count(place) != len(media):
                 raise InputError(
@@ -201,17 +254,21 @@ class MultimodalProcessor(ProcessorMixin):
             IMAGE: iter([[read_image(image)] for image in images]),
             VIDEO: iter([self._frames(video) for video in videos]),
         }
-        pixels, expanded = [], []
-        spans: list[Span] = []
+        kinds = [piece for piece in _split_at_places(text) if piece in frames_of]
+        pixels = [self.pixels(next(frames_of[kind])) for kind in kinds]
+        modality = {IMAGE: Modality.IMAGE, VIDEO: Modality.VIDEO}
+        return pixels, [self.spans(medium, modality[kind]) for medium, kind in zip(pixels, kinds, strict=True)]
+
+    def expand(self, text: str, spans: Iterable[Sequence[Span]]) -> str:
+        """The text with `<image>` for every span; `spans` holds those of each medium, in the order of their places."""
+        standing, expanded, before = iter(spans), [], 0
         for piece in _split_at_places(text):
-            if piece in frames_of:
-                pixels.append(self.pixels(next(frames_of[piece])))
-                standing = self.spans(pixels[-1], Modality.VIDEO if piece == VIDEO else Modality.IMAGE)
-                count, before = len(standing), len(spans)
-                spans += standing
+            if piece in (IMAGE, VIDEO):
+                count = len(next(standing))
                 piece = self.frame_places(count, before) if piece == VIDEO else IMAGE * count
+                before += count
             expanded.append(piece)
-        return pixels, spans, "".join(expanded)
+        return "".join(expanded)
 
     def read_video(self, source: Any, **options: Any) -> Video:
         """The frames that the family looks at; the options are those of `mmzoo.media.read_video`."""
@@ -290,6 +347,10 @@ def _stack(pixels: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def answer_labels(input_ids: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """int64 [B, L]: the ids of answer text, -100 on prompts, media and padding."""
+    """int64 [B, L]: the ids of answer text, -100 on prompts, media and padding.
+
+    A packed sample's first token has none either: nothing of its own stands before it that could predict it.
+    """
     trained = layout.valid & (layout.role == int(Role.ANSWER)) & (layout.modality == int(Modality.TEXT))
+    trained[:, 1:] &= layout.sample[:, 1:] == layout.sample[:, :-1]
     return torch.where(trained, input_ids, -100)

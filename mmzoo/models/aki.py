@@ -9,6 +9,7 @@ Shape legend: N images or frames, F frames of one medium, P patches, V visual to
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mmzoo.encoders.vision import as_vision_config, build_vision_encoder, patch_
 from mmzoo.errors import CheckpointError, InputError
 from mmzoo.language import MultimodalConfig, MultimodalLM
 from mmzoo.layout import Span, image
-from mmzoo.processing import MultimodalProcessor, word_tokenizer
+from mmzoo.processing import IMAGE, MultimodalProcessor, Turn, word_tokenizer
 from mmzoo.world import VOCABULARY
 
 SYSTEM = (
@@ -185,6 +186,15 @@ class AKIProcessor(MultimodalProcessor):
     def prompt(self, question: str, media: str = "") -> str:
         """The prompt of AKI's demo; the beginning-of-sequence token is the tokenizer's business."""
         return sft_prompt(question, media, self.system)
+
+    def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        (turn,) = self._single(turns)
+        prompt = sft_prompt(turn.question, turn.media, self.system if system is None else system)
+        return prompt + turn.answer + self.tokenizer.eos_token
+
+    def caption(self, text: str, media: str = IMAGE) -> str:
+        """The text of pre-training."""
+        return f"{media}{text.strip()}<|endofchunk|>{self.tokenizer.eos_token}"
 
     def vlmevalkit_prompt(self, text: str, media: str = "<image>") -> str:
         """The prompt of VLMEvalKit's wrapper, in which nothing stands between the image and the text."""

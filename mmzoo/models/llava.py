@@ -32,7 +32,7 @@ from mmzoo.errors import CheckpointError, InputError
 from mmzoo.hub import HUB, locate, read_tensors
 from mmzoo.language import MultimodalConfig, MultimodalLM
 from mmzoo.layout import Span, TokenLayout, image
-from mmzoo.processing import IMAGE, MultimodalProcessor, read_tokenizer, word_tokenizer
+from mmzoo.processing import IMAGE, MultimodalProcessor, Turn, read_tokenizer, word_tokenizer
 from mmzoo.world import VOCABULARY
 
 _SYSTEM = (
@@ -124,6 +124,8 @@ class LlavaProcessor(MultimodalProcessor):
         system: the text before the first turn; empty for none.
     """
 
+    multi_turn = True
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -160,10 +162,20 @@ class LlavaProcessor(MultimodalProcessor):
 
     def conversation(self, turns: Sequence[tuple[str, str | None]]) -> str:
         """The text of questions with their answers, as the module's `conversation`, by this processor's markers."""
-        return conversation(turns, self.system, self.turn_marker, self.answer_marker, self.tokenizer.eos_token)
+        return self._conversation(turns, self.system)
+
+    def _conversation(self, turns: Sequence[tuple[str, str | None]], system: str) -> str:
+        return conversation(turns, system, self.turn_marker, self.answer_marker, self.tokenizer.eos_token)
 
     def prompt(self, question: str, media: str = "") -> str:
-        return self.conversation([(f"{media}\n{question}" if media else question, None)])
+        return self.conversation([(asked(question, media), None)])
+
+    def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        said = [(asked(turn.question, turn.media), turn.answer) for turn in turns]
+        return self._conversation(said, self.system if system is None else system)
+
+    def caption(self, text: str, media: str = IMAGE) -> str:
+        return caption(text, media)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
         """The ids of one sample's text, with one `<image>` for each span.
@@ -205,6 +217,11 @@ def conversation(
         f"{user} {question} {assistant}" + ("" if answer is None else f" {answer}{end}") for question, answer in turns
     ]
     return " ".join(filter(None, (system, "".join(said))))
+
+
+def asked(question: str, media: str) -> str:
+    """A question after the places of its media, as in upstream's training."""
+    return f"{media}\n{question}" if media else question
 
 
 def caption(text: str, media: str = IMAGE) -> str:

@@ -37,7 +37,7 @@ from mmzoo.encoders.vision import as_vision_config, build_vision_encoder, cut_at
 from mmzoo.errors import CheckpointError, InputError, MissingExtra
 from mmzoo.language import MultimodalConfig, MultimodalLM, encode_real, media_starts
 from mmzoo.layout import Modality, Span, TokenLayout, image, video
-from mmzoo.processing import IMAGE, MultimodalProcessor, word_tokenizer
+from mmzoo.processing import IMAGE, MultimodalProcessor, Turn, word_tokenizer
 from mmzoo.world import VOCABULARY
 
 
@@ -225,6 +225,7 @@ class VideoCCAMProcessor(MultimodalProcessor):
     """
 
     sampling = "ccam_uniform"
+    multi_turn = True
 
     def __init__(
         self,
@@ -279,6 +280,13 @@ class VideoCCAMProcessor(MultimodalProcessor):
         said = (chat.turn.replace("{}", asked) + answer for asked, answer in zip(questions, answers, strict=True))
         return chat.opening + "".join(said)
 
+    def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        if system is not None:
+            raise InputError("Video-CCAM was trained without system texts of the data's own, and has no place for one.")
+        questions = [f"{turn.media}\n{turn.question}" if turn.media else turn.question for turn in turns]
+        earlier = list(zip(questions, [turn.answer for turn in turns], strict=True))[:-1]
+        return self.conversation(earlier, questions[-1]) + turns[-1].answer + CHATS[self.chat].end
+
     def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
         """The ids of a text. What stands between media is encoded on its own, as the authors do."""
         place = self.tokenizer.convert_tokens_to_ids(IMAGE)
@@ -306,7 +314,16 @@ class VideoCCAMProcessor(MultimodalProcessor):
         if "pixel_values" in data:
             counts = [torch.tensor([len(item) for item in row], dtype=torch.long) for row in pixels]
             data["num_frames"] = nn.utils.rnn.pad_sequence(counts, batch_first=True)
+        if "labels" in data:
+            data["labels"] = _up_to_stop(data["labels"], self.stop_ids)
         return data
+
+
+def _up_to_stop(labels: Tensor, stop_ids: Sequence[int]) -> Tensor:
+    """Labels [B, L] without the line break that some chats put after the token that ends an answer."""
+    after = torch.isin(labels, torch.tensor(stop_ids)).roll(1, 1)
+    after[:, 0] = False
+    return labels.masked_fill(after, -100)
 
 
 def siglip_image_processor(side: int = 384) -> SiglipImageProcessorPil:

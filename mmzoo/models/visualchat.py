@@ -37,7 +37,7 @@ from mmzoo.errors import CheckpointError, InputError
 from mmzoo.hub import tensor_shapes
 from mmzoo.language import MultimodalConfig, MultimodalLM, media_starts
 from mmzoo.layout import Span, TokenLayout, image
-from mmzoo.processing import IMAGE, VIDEO, MultimodalProcessor, word_tokenizer
+from mmzoo.processing import IMAGE, VIDEO, MultimodalProcessor, Turn, word_tokenizer
 from mmzoo.world import VOCABULARY
 
 SYSTEM = (
@@ -155,6 +155,8 @@ class VisualChat(MultimodalLM):
         if self.config.image_order == "natural":
             return tokens
         layout = layout if isinstance(layout, TokenLayout) else TokenLayout(layout)
+        if not torch.compiler.is_compiling() and int(layout.sample.max()) > 0:
+            raise InputError("image_order='upstream' turns the images of a whole row round: do not pack samples.")
         last, most = media_starts(layout).sum(1, keepdim=True) - 1, tokens.shape[1]
         order = (last - torch.arange(most, device=tokens.device)) % most
         return tokens.gather(1, order[..., None, None].expand_as(tokens))
@@ -247,6 +249,8 @@ class VisualChatProcessor(MultimodalProcessor):
         turn_marker: the beginning-of-sequence token.
     """
 
+    multi_turn = True
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -288,6 +292,23 @@ class VisualChatProcessor(MultimodalProcessor):
             said += round_prompt(self._within_round(one.question), [IMAGE] * len(one.images), seen=seen, system=system)
             said += "" if one.answer is None else self._within_round(one.answer) + self.tokenizer.eos_token
             seen += len(one.images)
+        return said
+
+    def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        """As every family's; images are numbered over the whole dialogue.
+
+        Raises:
+            InputError: an image comes after a video, whose number of frames a text does not know.
+        """
+        said, seen = "", 0
+        for i, turn in enumerate(turns):
+            media = re.findall(f"{IMAGE}|{VIDEO}", turn.media)
+            if IMAGE in re.sub(f"^(?:{IMAGE})*", "", "".join(one.media for one in turns[: i + 1])):
+                raise InputError("An image after a video cannot be numbered. Put images before videos.")
+            opening = "" if i else self.system if system is None else system
+            said += round_prompt(self._within_round(turn.question), media, seen=seen, system=opening)
+            said += self._within_round(turn.answer) + self.tokenizer.eos_token
+            seen += len(media)
         return said
 
     def chat(self, rounds: Sequence[Round], **options: Any) -> BatchFeature:
