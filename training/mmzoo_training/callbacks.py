@@ -20,6 +20,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -80,7 +81,7 @@ class ExactResume(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = self._random or random_state(trainer.strategy.root_device)
         saved: dict[str, Any] = {"random": _of_all_processes(trainer, as_tensors(state))}
-        if trainer.training and trainer.fit_loop._should_accumulate():
+        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
             if trainer.world_size > 1:
                 rank_zero_warn(
                     "This checkpoint lies between optimizer steps, and gradients that wait on several processes are "

@@ -78,7 +78,9 @@ class RecipeCLI(LightningCLI):
         if options.trainer.default_root_dir is None:
             raise InputError("--resume auto looks in trainer.default_root_dir. Set it to a folder of this run's own.")
         found = latest_checkpoint(options.trainer.default_root_dir)
-        where = f"No checkpoint in {options.trainer.default_root_dir}: starting." if found is None else f"Found {found}."
+        where = (
+            f"No checkpoint in {options.trainer.default_root_dir}: starting." if found is None else f"Found {found}."
+        )
         rank_zero_info(where)
         options.ckpt_path = None if found is None else str(found)
 

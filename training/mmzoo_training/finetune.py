@@ -325,12 +325,13 @@ def from_parts(
         CheckpointError: a parameter that is not `fresh` is in no part, or has another shape there.
     """
     folders = {where: hub.locate(part.weights) for where, part in parts.items()}
-    plan = mmzoo.create(name, device="meta")
+    plan = mmzoo.create(name, device="meta", **{key: x for key, x in config.items() if key != "text_config"})
     for where in parts:
         if where not in dict(plan.named_modules()):
             raise InputError(f"{name} has no part {where!r}; it has {', '.join(dict(plan.named_children()))}.")
         if plan.get_submodule(where) is plan.language_model:
             base = AutoConfig.from_pretrained(folders[where]).to_dict()
+            base.pop("dtype", None)  # of its weights; the model's is chosen for all parts alike
             config = {**config, "text_config": {**base, **config.get("text_config", {})}}
     model = mmzoo.create(name, attention=attention, **config)
     wanted, missing, misshapen = model.state_dict(), set(model.state_dict()), []
@@ -374,8 +375,13 @@ def read_processor(name: str, place: str, model: MultimodalLM) -> MultimodalProc
 
 
 def check_fits(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if a Lightning checkpoint is of another model; each parameter that differs is listed."""
-    own, state = module.state_dict(), checkpoint.get("state_dict", {})
+    """Raises CheckpointError if a Lightning checkpoint is of another model; each parameter that differs is listed.
+
+    Strategies that keep parameters in files of their own check them by themselves.
+    """
+    if "state_dict" not in checkpoint:
+        return
+    own, state = module.state_dict(), checkpoint["state_dict"]
     shapes = [(name, tuple(state[name].shape), tuple(own[name].shape)) for name in state.keys() & own.keys()]
     misshapen = [one for one in shapes if one[1] != one[2]]
     if state.keys() != own.keys() or misshapen:
@@ -456,7 +462,9 @@ def _prompt(inputs: Mapping[str, Any], layout: TokenLayout, row: int, first: int
     starts = media_starts(layout)[row]
     before, within = int(starts[:first].sum()), int(starts[first:last].sum())
     prompt = {"input_ids": inputs["input_ids"][row : row + 1, first:last], "layout": own}
-    media = {name: x[row : row + 1] for name, x in inputs.items() if name not in ("input_ids", "layout", "position_ids")}
+    media = {
+        name: x[row : row + 1] for name, x in inputs.items() if name not in ("input_ids", "layout", "position_ids")
+    }
     counts = media.get("num_frames")
     for name, x in media.items() if within else ():
         if name == "pixel_values" and counts is not None:  # frames of several media in a row
