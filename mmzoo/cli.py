@@ -229,6 +229,18 @@ def validate(context: typer.Context) -> None:
     _lightning("validate", context)
 
 
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def test(context: typer.Context) -> None:
+    """Test a configuration's model; options as LightningCLI's."""
+    _lightning("test", context)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def predict(context: typer.Context) -> None:
+    """Let a configuration's model answer its data's questions, into a file; options as LightningCLI's."""
+    _lightning("predict", context)
+
+
 def _lightning(subcommand: str, context: typer.Context) -> None:
     try:
         from mmzoo_training.cli import main as lightning_main

@@ -522,7 +522,7 @@ def read_release(folder: Path, described: dict[str, Any]) -> tuple[VideoCCAMConf
         vision_config=getattr(tower, "vision_config", tower),
         projector=_projector_options(described["projector_config"]),
     )
-    return config, _released_processor(AutoTokenizer.from_pretrained(folder), config)
+    return config, released_processor(AutoTokenizer.from_pretrained(folder), config)
 
 
 _PROJECTOR_OPTIONS = (
@@ -538,7 +538,7 @@ def _projector_options(described: dict[str, Any]) -> dict[str, Any]:
     return {name: described[name] for name in _PROJECTOR_OPTIONS if name in described}
 
 
-def _released_processor(tokenizer: Any, config: VideoCCAMConfig) -> VideoCCAMProcessor:
+def released_processor(tokenizer: Any, config: VideoCCAMConfig) -> VideoCCAMProcessor:
     """The processor, and the ids that end an answer written into the configuration."""
     kind = config.text_config.model_type
     if kind not in CHAT_OF:
@@ -583,7 +583,7 @@ def read_parts(folder: Path, name: str | None = None, *, dtype: torch.dtype | No
         vision_config=SiglipVisionConfig.from_pretrained(vision_base),
         projector=_projector_options(described),
     )
-    made = _released_processor(AutoTokenizer.from_pretrained(text_base), config)
+    made = released_processor(AutoTokenizer.from_pretrained(text_base), config)
     with torch.device("meta"):
         model = VideoCCAM(config)
     _load_projector(model.projector, folder / "projector")

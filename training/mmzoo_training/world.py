@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -20,37 +20,60 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import mmzoo
+from mmzoo import hub
 from mmzoo.layout import Modality, Span, TokenLayout
 from mmzoo.processing import IMAGE, MultimodalProcessor
 from mmzoo.world import COLOURS, QUESTION_KINDS, SHAPES, Clip, Question, make_clip
+from mmzoo_training.finetune import answers, check_fits
 
 ABSENT = 0
 _COLOURS, _SHAPES = tuple(COLOURS), tuple(SHAPES)
 
 
+EPOCH = 1_000_000
+"""Batches of new clips that count as an epoch: Lightning has to know where one ends, or it fetches a batch ahead."""
+
+
 class QuestionBatches(IterableDataset):
     """Endless batches of new clips, first frames to describe and then questions; or a fixed set of questions.
 
-    Clip i is always the same.
+    Clip i is always the same, and so is batch i: of the endless ones the next batch is a function of how many there
+    were, and `state_dict` holds that number.
     """
 
     def __init__(self, processor: MultimodalProcessor, data: WorldData, split: str, clips: int | None = None):
         self.processor, self.data, self.split, self.clips = processor, data, split, clips
+        self.batches = 0
         self.spans = processor.spans(torch.zeros(data.num_frames, 3, data.size, data.size), Modality.VIDEO)
         self._layouts: dict[tuple[int, ...], tuple[list[int], TokenLayout]] = {}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        data, first = self.data, 0
-        if self.clips is None:
-            for step in range(data.describe_steps):
-                yield self.described([self.clip(first + i) for i in range(data.describe_clips)], step)
-                first += data.describe_clips
-        for step in count():
-            clips = [self.clip(first + i) for i in range(data.batch_size)]
-            yield self.batch(clips, random.Random(first), late=step >= data.late_from)
-            first += data.batch_size
-            if self.clips is not None and first >= self.clips:
-                return
+        if self.clips is not None:
+            yield from map(self.questions, range(len(self)))
+            return
+        for _ in range(EPOCH - self.batches % EPOCH):
+            self.batches += 1
+            yield self.new(self.batches - 1)
+
+    def new(self, number: int) -> dict[str, Any]:
+        """Batch `number` of the endless ones."""
+        data = self.data
+        if number >= data.describe_steps:
+            return self.questions(number - data.describe_steps, data.describe_steps * data.describe_clips)
+        first = number * data.describe_clips
+        return self.described([self.clip(first + i) for i in range(data.describe_clips)], number)
+
+    def questions(self, number: int, skipped: int = 0) -> dict[str, Any]:
+        """Batch `number` of questions, after clips that were only described."""
+        first = skipped + number * self.data.batch_size
+        clips = [self.clip(first + i) for i in range(self.data.batch_size)]
+        return self.batch(clips, random.Random(first), late=self.clips is None and number >= self.data.late_from)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches = state["batches"]
 
     def described(self, clips: Sequence[Clip], seed: int, frames: int = 64) -> dict[str, Tensor]:
         """Some frames of the clips, drawn at random: frames uint8 [N, H, W, 3], looks [N, X], places [N, X, 2]."""
@@ -64,9 +87,7 @@ class QuestionBatches(IterableDataset):
         }
 
     def __len__(self) -> int:
-        if self.clips is None:
-            raise TypeError("new clips never end")
-        return math.ceil(self.clips / self.data.batch_size)
+        return EPOCH if self.clips is None else math.ceil(self.clips / self.data.batch_size)
 
     def clip(self, seed: int) -> Clip:
         return make_clip(seed, split=self.split, size=self.data.size, num_frames=self.data.num_frames)
@@ -125,7 +146,7 @@ class WorldData(lightning.LightningDataModule):
         late_question_weights: the same from the batch of questions number `late_from` on.
         size: pixels of a frame's side.
         num_frames: frames of a clip.
-        val_clips: clips of the validation set.
+        val_clips: clips of the validation set, and of the test set.
     """
 
     def __init__(
@@ -154,11 +175,20 @@ class WorldData(lightning.LightningDataModule):
         model = self.trainer.lightning_module.model if self.trainer is not None else mmzoo.create(self.model_name)
         return model.processor
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(QuestionBatches(self.processor, self, "train"), batch_size=None)
+    def train_dataloader(self) -> QuestionBatches:
+        return QuestionBatches(self.processor, self, "train")
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(QuestionBatches(self.processor, self, "val", self.val_clips), batch_size=None)
+        return self._fixed("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._fixed("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._fixed("test")
+
+    def _fixed(self, split: str) -> DataLoader:
+        return DataLoader(QuestionBatches(self.processor, self, split, self.val_clips), batch_size=None)
 
 
 def describe(clips: Sequence[Clip], num_frames: int) -> tuple[Tensor, Tensor]:
@@ -321,19 +351,46 @@ class WorldQuestions(lightning.LightningModule):
         right = (outputs.logits[:, :-1].argmax(-1) == labels) | (labels == -100)
         return outputs.loss, right.all(1)
 
-    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the model's `forward` takes of a batch of questions."""
+        tokens = self.model.clip_tokens(self.pixels(batch))[batch["owner"]]
+        return {"input_ids": batch["input_ids"], "layout": batch["layout"], "visual_embeds": tokens}
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
         loss, right = self.answers(batch)
-        self.log("val_loss", loss, batch_size=len(right))
+        self.log(f"{stage}_loss", loss, batch_size=len(right))
         for kind, one in zip(batch["kinds"], right.tolist(), strict=True):
             self.right.setdefault(kind, []).append(one)
 
-    def on_validation_epoch_end(self) -> None:
+    def _log_accuracy(self, stage: str) -> None:
         accuracy = {
             kind: sum(self.right[kind]) / len(self.right[kind]) for kind in QUESTION_KINDS if kind in self.right
         }
         self.right.clear()
-        self.log_dict({f"val_{kind}": value for kind, value in accuracy.items()})
-        self.log("val_accuracy", sum(accuracy.values()) / len(accuracy), prog_bar=True)
+        self.log_dict({f"{stage}_{kind}": value for kind, value in accuracy.items()})
+        self.log(f"{stage}_accuracy", sum(accuracy.values()) / len(accuracy), prog_bar=True)
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_accuracy("val")
+
+    def test_step(self, batch: dict[str, Any], _: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_accuracy("test")
+
+    def predict_step(self, batch: dict[str, Any], _: int) -> list[dict[str, str]]:
+        return answers(self.model, self.inputs(batch), batch["labels"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_fits(self, checkpoint)
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the model, without its training heads, as `mmzoo.load` reads it."""
+        return hub.save(self.model.eval(), folder)
 
     def configure_optimizers(self) -> dict[str, Any]:
         language = list(self.model.language_model.parameters())

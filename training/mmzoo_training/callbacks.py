@@ -1,0 +1,331 @@
+"""Callbacks of a training run: exact resume, checkpoint files that are whole or not there, answers, throughput.
+
+Averages of the weights are Lightning's `lightning.pytorch.callbacks.EMAWeightAveraging`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
+
+from mmzoo.attention import draw
+from mmzoo.errors import CheckpointError
+from mmzoo.files import replacing
+from mmzoo.layout import TokenLayout
+
+RESUME = "exact_resume"
+NEEDED = ("state_dict", "loops", "optimizer_states", "global_step")
+"""Entries without which a checkpoint cannot be resumed."""
+
+
+class ExactResume(Callback):
+    """Makes a resumed run give bit for bit what the unbroken one gives; put it first.
+
+    - Random states of torch, numpy and Python are taken after each training batch, saved, and set again before the
+      next: what lies between, such as validation, does not touch the randomness of training.
+    - Gradients that wait for further batches (accumulate_grad_batches) are saved, so that a run may be cut anywhere.
+    - The position in the data is the loader's own, where it has `state_dict` and `load_state_dict`. It needs a length:
+      of a loader without one Lightning fetches a batch ahead, and the position would be one too far.
+    - Checkpoints are written and read by `CheckpointFiles`.
+
+    On several processes each has its own random state. Waiting gradients are those of single processes: there, save
+    every n optimizer steps.
+    """
+
+    def __init__(self) -> None:
+        self._random: dict[str, Any] | None = None
+        self._gradients: dict[str, Tensor] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loop = trainer.fit_loop
+        loaders = loop._combined_loader.flattened
+        if math.isinf(trainer.num_training_batches) and any(hasattr(one, "state_dict") for one in loaders):
+            rank_zero_warn("A training loader that can resume has no length: it will resume one batch too far.")
+        # Lightning does not load them where an epoch was finished, and the loader would start at its first epoch.
+        if loop._combined_loader_states_to_load:
+            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+            loop._combined_loader_states_to_load = []
+            iter(loop._data_fetcher)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._random is not None:
+            set_random_state(self._random, trainer.strategy.root_device)
+        for name, parameter in pl_module.named_parameters() if self._gradients else ():
+            if name in self._gradients:
+                parameter.grad = self._gradients[name].to(parameter.device)
+        self._gradients = {}
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._random = random_state(trainer.strategy.root_device)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = self._random or random_state(trainer.strategy.root_device)
+        saved: dict[str, Any] = {"random": _of_all_processes(trainer, as_tensors(state))}
+        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
+            if trainer.world_size > 1:
+                rank_zero_warn(
+                    "This checkpoint lies between optimizer steps, and gradients that wait on several processes are "
+                    "not saved. Save every n optimizer steps (every_n_train_steps) to resume exactly."
+                )
+            else:
+                saved["gradients"] = {
+                    name: one.grad for name, one in pl_module.named_parameters() if one.grad is not None
+                }
+        checkpoint[RESUME] = saved
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(RESUME)
+        if saved is None:
+            rank_zero_warn("The checkpoint was saved without ExactResume: random numbers will be others.")
+            return
+        processes = len(saved["random"]["torch"])
+        if trainer.global_rank < processes:
+            self._random = from_tensors({name: x[trainer.global_rank] for name, x in saved["random"].items()})
+        if processes != trainer.world_size:
+            rank_zero_warn(
+                f"The checkpoint was saved by {processes} processes, and {trainer.world_size} go on: the losses will "
+                "not be those of the unbroken run."
+            )
+        self._gradients = saved.get("gradients", {})
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of torch, numpy and Python, and of the device if it has one."""
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Set what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def as_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The states as tensors alone, which a checkpoint may hold and which processes can exchange."""
+    _, keys, position, has_normal, normal = state["numpy"]
+    version, words, next_normal = state["python"]
+    return {
+        **{name: state[name] for name in ("torch", "cuda") if name in state},
+        "numpy": torch.tensor([*keys.tolist(), position, has_normal]),
+        "numpy_normal": torch.tensor(normal, dtype=torch.float64),
+        "python": torch.tensor([version, *words]),
+        "python_normal": torch.tensor(math.nan if next_normal is None else next_normal, dtype=torch.float64),
+    }
+
+
+def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `as_tensors`."""
+    *keys, position, has_normal = state["numpy"].tolist()
+    version, *words = state["python"].tolist()
+    normal = float(state["python_normal"])
+    return {
+        **{name: state[name].cpu().contiguous() for name in ("torch", "cuda") if name in state},
+        "numpy": ("MT19937", np.array(keys, np.uint32), position, has_normal, float(state["numpy_normal"])),
+        "python": (version, tuple(words), None if math.isnan(normal) else normal),
+    }
+
+
+def _of_all_processes(trainer: Trainer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each state with a first dimension of processes."""
+    if trainer.world_size == 1:
+        return {name: x[None] for name, x in state.items()}
+    device = trainer.strategy.root_device
+    return {name: trainer.strategy.all_gather(x.to(device)).cpu() for name, x in state.items()}
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Checkpoints that are written whole or not at all, and read as tensors and plain values alone."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write under a temporary name beside `path`, then rename.
+
+        Raises:
+            CheckpointError: it cannot be written, as on a full disk; earlier checkpoints are as they were.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch wraps what the file says in an error of its own
+            raise CheckpointError(
+                f"Cannot write the checkpoint {path}: {error}. Earlier ones are intact: make room, and go on with "
+                "--resume auto."
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read without running code, whatever `weights_only` says. Raises CheckpointError if it is damaged."""
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
+        return read_checkpoint(Path(path), whole=True)
+
+
+def read_checkpoint(path: Path, *, whole: bool) -> dict[str, Any]:
+    """A checkpoint's entries, tensors on the CPU.
+
+    Args:
+        path: a file, or the folder of a sharded checkpoint, of which the entries beside the shards are read.
+        whole: check every byte and read the tensors, rather than mapping them into memory.
+
+    Raises:
+        CheckpointError: it is not there, damaged, or holds code.
+    """
+    try:
+        if path.is_dir():
+            if not (path / ".metadata").is_file():  # written last
+                raise CheckpointError(f"The checkpoint {path} was not written to its end.")
+            return torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+        if whole:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(f"The checkpoint {path} is damaged at {damaged}. Resume from an earlier one.")
+        return torch.load(path, map_location="cpu", mmap=not whole, weights_only=True)
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no checkpoint {path}.") from error
+    except Exception as error:  # torch raises classes of its own, of pickle and of zipfile
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(f"The checkpoint {path} is damaged: {said}. Resume from an earlier one.") from error
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The valid checkpoint of the most steps anywhere in a folder; None if there is none.
+
+    A damaged or half-written one is skipped with a warning that names it.
+    """
+    steps: dict[Path, tuple[int, float]] = {}
+    for path in sorted(Path(folder).rglob("*.ckpt*")):
+        if path.name.startswith("."):
+            rank_zero_warn(f"{path} was left by a run that was cut while it saved. It is of no use.")
+        elif path.suffix == ".ckpt":
+            try:
+                entries = read_checkpoint(path, whole=False)
+                if path.is_file() and not entries.keys() >= set(NEEDED):
+                    raise CheckpointError(f"The checkpoint {path} holds weights only.")
+                steps[path] = entries["global_step"], path.stat().st_mtime
+            except CheckpointError as error:
+                rank_zero_warn(f"Skipped: {error}")
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+        try:
+            read_checkpoint(path, whole=True)
+            return path
+        except CheckpointError as error:
+            rank_zero_warn(f"Skipped: {error}")
+    return None
+
+
+class SampleAnswers(Callback):
+    """What the model says to a few questions of the validation set, each time it is validated.
+
+    They are added to `answers.jsonl` in the log folder, and to TensorBoard where it is the logger; the mask over the
+    first sample is drawn in `mask.png` beside it.
+
+    Args:
+        count: questions; they are those of the first batch.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(self, count: int = 4, max_new_tokens: int = 32):
+        self.count, self.max_new_tokens = count, max_new_tokens
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        from mmzoo_training.finetune import answers
+
+        if batch_idx or trainer.sanity_checking or trainer.log_dir is None:
+            return
+        inputs = pl_module.inputs(batch)
+        said = answers(pl_module.model, inputs, batch["labels"], self.count, self.max_new_tokens)
+        folder = Path(trainer.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "answers.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": trainer.global_step, **one}) + "\n" for one in said)
+        if not (folder / "mask.png").exists():
+            draw(pl_module.model.rule, TokenLayout(inputs["layout"][:1].cpu()), folder / "mask.png")
+        if isinstance(trainer.logger, TensorBoardLogger):
+            text = "\n".join(f"- {one['question']} **{one['answer']}** ({one['right']})" for one in said)
+            trainer.logger.experiment.add_text("answers", text, trainer.global_step)
+
+
+class Throughput(ThroughputMonitor):
+    """Samples and tokens a second, and on devices whose peak is known the model's part of it (MFU).
+
+    The operations are those of the language model alone, two a parameter and token in the forward pass and as many or
+    twice as many in the backward pass: a low estimate where the encoder is large.
+
+    Args:
+        window_size: batches over which is averaged.
+    """
+
+    def __init__(self, window_size: int = 100):
+        super().__init__(batch_size_fn=_rows, length_fn=_tokens, window_size=window_size)
+        self.flops_per_token = 0
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        parameters = list(pl_module.model.language_model.parameters())
+        total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+        self.flops_per_token, pl_module.flops_per_batch = 4 * total + 2 * trained, None
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        pl_module.flops_per_batch = self.flops_per_token * (_tokens(batch) if "layout" in batch else 0)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch)
+
+
+def _rows(batch: Mapping[str, Any]) -> int:
+    return len(batch["input_ids"]) if "input_ids" in batch else len(next(iter(batch.values())))
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    """What is not padding; of a batch without text its rows, since Lightning wants at least one token a sample."""
+    return int(TokenLayout(batch["layout"]).valid.sum()) if "layout" in batch else _rows(batch)
+
+
+class LossTrace(Callback):
+    """Every training batch's loss in a file, in hexadecimal: two runs can be compared bit for bit.
+
+    Args:
+        path: lines "batch loss" are added to it.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{trainer.fit_loop.total_batch_idx} {float(outputs['loss']).hex()}\n")
