@@ -263,18 +263,25 @@ def _reader(place: str, described: Mapping[str, Any], entry: Entry | None) -> Mo
     return readers[0]
 
 
-def save(model: MultimodalLM, folder: str | Path, card: str | None = None) -> Path:
+def save(
+    model: MultimodalLM,
+    folder: str | Path,
+    card: str | None = None,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write model.safetensors, config.json, the processor's files and README.md, each whole or not at all.
 
     Args:
         model: with its processor.
         folder: made if it does not exist; files of the same names are replaced, config.json last.
         card: text of README.md.
+        state_dict: the weights, where the model itself holds only a part of them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as name:
-        model.save_pretrained(name)
+        model.save_pretrained(name, state_dict=state_dict)
         if model.processor is not None:
             model.processor.save_pretrained(name)
         if card is not None:

@@ -20,6 +20,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
@@ -145,7 +146,8 @@ def from_tensors(state: Mapping[str, Tensor]) -> dict[str, Any]:
     version, *words = state["python"].tolist()
     normal = float(state["python_normal"])
     return {
-        **{name: state[name].cpu().contiguous() for name in ("torch", "cuda") if name in state},
+        # A copy of its own: torch reads a state as if it began at an aligned address.
+        **{name: state[name].cpu().clone() for name in ("torch", "cuda") if name in state},
         "numpy": ("MT19937", np.array(keys, np.uint32), position, has_normal, float(state["numpy_normal"])),
         "python": (version, tuple(words), None if math.isnan(normal) else normal),
     }
@@ -266,6 +268,9 @@ class SampleAnswers(Callback):
         from mmzoo_training.finetune import answers
 
         if batch_idx or trainer.sanity_checking or trainer.log_dir is None:
+            return
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            rank_zero_warn("No sample answers: a sharded model answers on all processes together or not at all.")
             return
         inputs = pl_module.inputs(batch)
         said = answers(pl_module.model, inputs, batch["labels"], self.count, self.max_new_tokens)

@@ -87,10 +87,9 @@ class RecipeCLI(LightningCLI):
     def after_fit(self) -> None:
         """Save the adapter, and then the model, without its training heads."""
         options = self.config[self.subcommand]
-        if self.trainer.is_global_zero:
-            for option in ("export_adapter", "export"):
-                if options[option]:
-                    getattr(self.model, option)(options[option])
+        for option in ("export_adapter", "export"):
+            if options[option]:
+                getattr(self.model, option)(options[option])
 
     def predict(self, **kwargs: Any) -> None:
         """Write the answers, a JSON object a line."""

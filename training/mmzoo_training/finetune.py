@@ -18,6 +18,8 @@ import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoConfig
 
 import mmzoo
@@ -133,6 +135,13 @@ class Finetune(lightning.LightningModule):
         self.betas, self.weight_decay, self.no_decay = tuple(betas), weight_decay, no_decay or []
         self.model.train()
 
+    def configure_model(self) -> None:
+        """Shard the model under Lightning's ModelParallelStrategy (FSDP2), each decoder layer by itself."""
+        if self.device_mesh is not None and not is_sharded(self.model):
+            for layer in self.model.get_decoder().layers:
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch the model's `forward` takes, without labels."""
         wanted = ("input_ids", "layout", "position_ids", *self.model.media_inputs)
@@ -226,10 +235,22 @@ class Finetune(lightning.LightningModule):
         check_fits(self, checkpoint)
 
     def export(self, folder: str | Path) -> Path:
-        """Write the model as `mmzoo.load` reads it. LoRA is merged into the weights, which ends its training."""
+        """Write the model as `mmzoo.load` reads it. LoRA is merged into the weights, which ends its training.
+
+        Call it on every process: a sharded model is put together, and the first process writes it.
+
+        Raises:
+            InputError: the model is sharded and trains with LoRA, which is merged on one process only.
+        """
+        if is_sharded(self.model) and self.adapted is not None:
+            raise InputError("LoRA is merged on one process: resume the checkpoint without ModelParallelStrategy.")
         model = self.model if self.adapted is None else self.adapted[0].merge_and_unload()
         self.adapted = None
-        return hub.save(model.eval(), folder)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options) if is_sharded(model) else None
+        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return Path(folder)
+        return hub.save(model.eval(), folder, state_dict=state)
 
     def export_adapter(self, folder: str | Path) -> Path:
         """Write LoRA and what trained in full beside it, as peft's `PeftModel.from_pretrained` reads it.
@@ -239,12 +260,18 @@ class Finetune(lightning.LightningModule):
         """
         if self.adapted is None:
             raise InputError("There is no adapter to write: the model was trained without lora, or it was merged.")
-        self.adapted[0].save_pretrained(folder)
+        if self.global_rank == 0:
+            self.adapted[0].save_pretrained(folder)
         return Path(folder)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 holds its parameters in parts."""
+    return isinstance(model, FSDPModule)
+
+
 def schedule_factor(schedule: str, step: int, floor: float, warmup: int, steps: int) -> float:
-    """The part of the peak rate at an optimizer step: linear from `floor` in the warm-up, then back to it or constant."""
+    """The part of the peak rate at an optimizer step: from `floor` up in the warm-up, then back to it or constant."""
     if schedule == "cosine" or step < warmup:
         return learning_rate(step, 1.0, floor, warmup, int(steps) if schedule == "cosine" else warmup + 1)
     if schedule == "constant":

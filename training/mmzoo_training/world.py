@@ -389,8 +389,8 @@ class WorldQuestions(lightning.LightningModule):
         check_fits(self, checkpoint)
 
     def export(self, folder: str | Path) -> Path:
-        """Write the model, without its training heads, as `mmzoo.load` reads it."""
-        return hub.save(self.model.eval(), folder)
+        """Write the model, without its training heads, as `mmzoo.load` reads it; the first process does."""
+        return hub.save(self.model.eval(), folder) if self.global_rank == 0 else Path(folder)
 
     def configure_optimizers(self) -> dict[str, Any]:
         language = list(self.model.language_model.parameters())
