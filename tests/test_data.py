@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
@@ -527,6 +527,7 @@ def test_an_order_of_images_by_row_refuses_packing() -> None:
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60)
 
 
+@example([60, 50, 50], 5, 150, False, 100)  # three rows as wide as the last would fit
 @given(LENGTHS, st.integers(1, 5), st.sampled_from([None, 60, 150]), st.booleans(), st.sampled_from([1, 7, 100]))
 def test_every_sample_is_once_in_a_batch_that_fits(
     lengths: list[int], batch_size: int, batch_tokens: int | None, pack: bool, window: int
@@ -654,6 +655,14 @@ def test_a_pass_that_was_left_goes_on(clips: Path, folder: Path) -> None:
     next(left)
     assert ids(loader) == stream[1 : len(whole) + 1]
     assert (loader.epoch, loader.batch) == (1, 1)
+
+
+def test_loading_draws_nothing_from_the_global_generator(clips: Path, folder: Path) -> None:
+    loader = data(clips, folder).train_dataloader()
+    before, python = torch.get_rng_state(), random.getstate()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == python
 
 
 def test_processes_share_the_batches(clips: Path, folder: Path) -> None:

@@ -340,7 +340,7 @@ def _saved_dataset(path: Path) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtra("datasets", "train", f"The saved data set {path}") from error
+        raise MissingExtra("datasets", "datasets", f"The saved data set {path}") from error
     found = datasets.load_from_disk(str(path))
     if isinstance(found, dict):
         raise InputError(f"{path} holds the splits {', '.join(found)}. Give one: {path}/{next(iter(found))}.")
