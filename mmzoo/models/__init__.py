@@ -42,4 +42,4 @@ register(Entry("video-ccam-14b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM proj
 register(Entry("video-ccam-4b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3.5-mini", weights="hf-hub:JaronTHU/Video-CCAM-4B-v1.2", license="unknown"))  # fmt: skip  # noqa: E501
 register(Entry("video-ccam-7b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Qwen2.5-7B-Instruct", weights="hf-hub:JaronTHU/Video-CCAM-7B-v1.2", license="apache-2.0"))  # fmt: skip  # noqa: E501
 register(Entry("video-ccam-tiny", **_CCAM, summary="Video-CCAM's classes at test size, random weights"))
-register(Entry("video-ccam-nano", **_CCAM, summary="Video-CCAM's classes at 0.3 M parameters, trained in the synthetic world"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-nano", **_CCAM, summary="Video-CCAM's classes at 0.3 M parameters, trained in the synthetic world", weights="package:video-ccam-nano", license="apache-2.0", sha256={"model.safetensors": "fc500d45959aca2c29d4334c4ab98dce5bbc0991a94e8ffc5a37b550484a8f74"}))  # fmt: skip  # noqa: E501
