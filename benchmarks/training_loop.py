@@ -3,8 +3,8 @@
     python benchmarks/training_loop.py [--rounds 15] [--steps 20] [--output benchmarks/results/training_loop.json]
 
 Both loops run forward, backward, clipping, AdamW and the schedule; Lightning's has exact resume and logs the loss. The
-ratio of each round is of loops that ran one after the other. Counted is the CPU time of one thread, which other processes
-hardly disturb.
+ratio of each round is of loops that ran one after the other. Counted is the CPU time of one thread, which other
+processes hardly disturb.
 """
 
 from __future__ import annotations
