@@ -244,7 +244,7 @@ class Finetune(lightning.LightningModule):
 
 
 def schedule_factor(schedule: str, step: int, floor: float, warmup: int, steps: int) -> float:
-    """The part of the peak rate at an optimizer step: linear from `floor` in the warm-up, then back or constant."""
+    """The part of the peak rate at an optimizer step: from `floor` up in the warm-up, then back to it or constant."""
     if schedule == "cosine" or step < warmup:
         return learning_rate(step, 1.0, floor, warmup, int(steps) if schedule == "cosine" else warmup + 1)
     if schedule == "constant":
