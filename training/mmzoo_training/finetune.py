@@ -220,6 +220,12 @@ class Finetune(lightning.LightningModule):
                     checkpoint[key] = {name: x for name, x in checkpoint[key].items() if name not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self.save_frozen:
+            own = self.state_dict()
+            for key in STATES:
+                if key in checkpoint:
+                    checkpoint[key] = {**own, **checkpoint[key]}
+        check_fits(self, checkpoint)
         if checkpoint.get("trained", self.trained_names()) != self.trained_names():
             raise CheckpointError(
                 "The checkpoint was made by a run that trains other parts of the model. Resume it with its own "
@@ -227,12 +233,6 @@ class Finetune(lightning.LightningModule):
                 missing=set(self.trained_names()) - set(checkpoint["trained"]),
                 unexpected=set(checkpoint["trained"]) - set(self.trained_names()),
             )
-        if not self.save_frozen:
-            own = self.state_dict()
-            for key in STATES:
-                if key in checkpoint:
-                    checkpoint[key] = {**own, **checkpoint[key]}
-        check_fits(self, checkpoint)
 
     def export(self, folder: str | Path) -> Path:
         """Write the model as `mmzoo.load` reads it. LoRA is merged into the weights, which ends its training.
@@ -358,7 +358,6 @@ def from_parts(
             raise InputError(f"{name} has no part {where!r}; it has {', '.join(dict(plan.named_children()))}.")
         if plan.get_submodule(where) is plan.language_model:
             base = AutoConfig.from_pretrained(folders[where]).to_dict()
-            base.pop("dtype", None)  # of its weights; the model's is chosen for all parts alike
             config = {**config, "text_config": {**base, **config.get("text_config", {})}}
     model = mmzoo.create(name, attention=attention, **config)
     wanted, missing, misshapen = model.state_dict(), set(model.state_dict()), []
