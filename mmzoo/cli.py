@@ -152,24 +152,18 @@ def doctor() -> None:
     """Versions, devices, and which backend runs which rule on this machine, and why not."""
     import torch
 
-    from mmzoo.attention.verdicts import BACKENDS, EXAMPLES, cell, device_name, verdict, versions
+    from mmzoo.attention.verdicts import BACKENDS, EXAMPLES, cell, device_name, reasons, versions
 
     console.print(f"mmzoo {mmzoo.__version__}, python {sys.version.split()[0]}")
     console.print(", ".join(f"{package} {version}" for package, version in versions().items()))
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    reasons: dict[str, str] = {}
-    for device in devices:
+    for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
         table = Table("rule", *BACKENDS, title=f"{device}: {device_name(device)}")
         with console.status(f"running every rule on every backend on {device}"):
             for rule in EXAMPLES:
                 table.add_row(rule, *(cell(rule, attention, device) for attention in BACKENDS))
+            refused = reasons(device)
         console.print(table)
-        for attention in BACKENDS:
-            found = verdict("causal", attention, "prefill", device)
-            if found.kind == "refused":
-                reasons[f"{attention} on {device}"] = found.detail
-    for where, reason in reasons.items():
-        console.print(f"{where}: {reason}", soft_wrap=True)
+        console.print("\n".join(f"refused on {device}: {one}" for one in refused), soft_wrap=True)
 
 
 @app.command()

@@ -17,9 +17,9 @@ from mmzoo.attention.verdicts import (
     SCENARIOS,
     cell,
     device_name,
+    reasons,
     summary,
     tolerance,
-    verdict,
     versions,
 )
 from mmzoo.files import replacing
@@ -33,23 +33,6 @@ def table(device: str) -> list[str]:
     lines = ["| rule | " + " | ".join(f"`{name}`" for name in BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
     for rule in track(EXAMPLES, description="rules", transient=True):
         lines.append(f"| `{rule}` | " + " | ".join(cell(rule, name, device) for name in BACKENDS) + " |")
-    return lines
-
-
-def reasons(device: str) -> list[str]:
-    """What is refused and why, in the order of the backends."""
-    lines = []
-    for name in BACKENDS:
-        refusing: dict[str, dict[str, None]] = {}
-        for rule in EXAMPLES:
-            for one in (verdict(rule, name, scenario, device) for scenario in SCENARIOS):
-                if one.kind == "refused":
-                    refusing.setdefault(one.detail, {})[f"`{rule}`"] = None
-        for reason, rules in refusing.items():
-            which = "every rule" if len(rules) == len(EXAMPLES) else ", ".join(rules)
-            lines.append(
-                f"- `{name}`, {which if len(rules) < 10 or which == 'every rule' else 'the others'}: {reason}."
-            )
     return lines
 
 
@@ -100,7 +83,7 @@ def page(device: str) -> str:
         tolerance=tolerance("sdpa"),
         half=tolerance("varlen"),
         table="\n".join(table(device)),
-        reasons="\n".join(reasons(device)),
+        reasons="\n".join(f"- {one}." for one in reasons(device)),
         gpu_date=gpu["date"],
         gpu=f"{gpu['device']}, " + ", ".join(f"{name} {gpu['versions'][name]}" for name in ("torch", "triton")),
         gpu_table="\n".join(gpu_table(gpu["results"])),

@@ -188,6 +188,22 @@ def summary(kinds: dict[str, str]) -> str:
     return "; ".join(f"{kind}: {', '.join(scenarios)}" for kind, scenarios in by_kind.items())
 
 
+def reasons(device: torch.device | str = "cpu") -> list[str]:
+    """What is refused there and why, a line for each backend and reason."""
+    lines = []
+    for name in BACKENDS:
+        refusing: dict[str, dict[str, None]] = {}
+        for rule in EXAMPLES:
+            for one in (verdict(rule, name, scenario, device) for scenario in SCENARIOS):
+                if one.kind == "refused":
+                    refusing.setdefault(one.detail, {})[f"`{rule}`"] = None
+        most = max(refusing, key=lambda reason: len(refusing[reason]), default="")
+        for reason, rules in refusing.items():
+            others = "every rule" if len(rules) == len(EXAMPLES) else "the other rules"
+            lines.append(f"`{name}`, {others if reason == most and len(rules) > 5 else ', '.join(rules)}: {reason}")
+    return lines
+
+
 def versions() -> dict[str, str]:
     """Package -> version of what decides these verdicts and is installed."""
     found = {}
