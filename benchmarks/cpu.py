@@ -6,6 +6,7 @@ python benchmarks/cpu.py [--json benchmarks/results/cpu.json]
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -83,7 +84,7 @@ def decoding(
     model = LanguageModel(MultimodalConfig(text_config=BACKBONE, rule=rule, scheme=scheme)).eval()
     model.set_attention(attention)
     plain = transformers.AutoModelForCausalLM.from_config(
-        model.config.text_config, attn_implementation="sdpa" if attention == "sdpa" else "eager"
+        copy.deepcopy(model.config.text_config), attn_implementation="sdpa" if attention == "sdpa" else "eager"
     ).eval()
     plain.load_state_dict(model.model.state_dict())
     # Rows of unequal length, so that both must mask padding.
