@@ -146,6 +146,19 @@ def test_levels_of_neighbours() -> None:
     assert knowing["accuracy"] > blind["accuracy"] + 0.05
 
 
+def test_levels_of_frames() -> None:
+    blind, knowing, framed = (level["accuracy"] for level in claim_cells.FRAME_BLOCK.levels().values())
+    batches = claim_cells.fixed(lambda n, g: claim_cells.ask_neighbours(n, 3, 2, 12, g), claim_cells.TEST_ROWS)
+    expected = 0.0
+    for batch, cells in batches:
+        for row, question in zip(cells.view(-1, 3, 4), batch.question, strict=True):
+            asked = question[1] * 3 + question[2] - claim_cells.word("square")
+            (frame,) = row[(row == asked).any(1)]
+            expected += (frame[frame != asked] // 3).bincount().max().item() / 3
+    assert expected / claim_cells.TEST_ROWS == pytest.approx(framed)
+    assert blind < knowing < framed < 0.5
+
+
 def test_presence_is_asked_yes_and_no_equally_often() -> None:
     (levels,) = claim_cells.CCA.levels().values()
     assert levels["presence"] == levels["presence, 10 x 10"] == 0.5
@@ -362,9 +375,17 @@ def test_two_processes_give_the_same_runs(tmp_path: Path) -> None:
     assert alone == together
 
 
+STRANGE = '{"steps": 2, "runs": [{"variant": "x", "seed": 0, "scores": {}}]}'
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "does not hold results"), ("[]", "does not hold results"), ('{"steps": 7, "runs": []}', "7 steps")],
+    [
+        ("{", "does not hold results"),
+        ("[]", "does not hold results"),
+        ('{"steps": 7, "runs": []}', "7 steps"),
+        (STRANGE, "does not have: x"),
+    ],
 )
 def test_other_results_are_not_gone_on_with(
     short: dict[str, Claim], tmp_path: Path, content: str, message: str
@@ -399,9 +420,9 @@ def found_with(claim: Claim, **scores: list[float]) -> dict[str, Any]:
         ([0.9, 0.92, 0.91], [0.5, 0.51, 0.52], "The effect shows"),
         ([0.5, 0.51, 0.52], [0.9, 0.92, 0.91], "The opposite shows: causal is better"),
         ([0.9, 0.6, 0.52], [0.5, 0.51, 0.5], "the interval holds 0"),
-        ([0.5, 0.6, 0.5], [0.55, 0.5, 0.52], "No effect shows"),
-        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "No effect shows"),
-        ([0.21, 0.2, 0.21], [0.1, 0.1, 0.1], "neither has got beyond a good guess"),
+        ([0.5, 0.6, 0.5], [0.55, 0.5, 0.52], "+0.21. No effect shows."),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "both have solved the task"),
+        ([0.21, 0.2, 0.21], [0.1, 0.1, 0.1], "Neither has got beyond a good guess"),
         ([0.9], [0.5], "One seed says nothing"),
         ([], [0.5], "no pair of runs"),
     ],

@@ -173,20 +173,24 @@ def run_neighbours(
 def levels_of_neighbours(frames: int, side: int, number: int) -> dict[str, dict[str, float]]:
     """By counting in the test: who sees nothing, and who knows which objects there are but not where.
 
-    Any other object is equally likely to be the one beside, so the best guess is their most frequent colour.
+    Any other object is equally likely to be the one beside, so the best guess is their most frequent colour. In a clip
+    there is one between them, who knows which objects each frame has.
     """
     batches = fixed(lambda rows, generator: ask_neighbours(rows, frames, side, number, generator), TEST_ROWS)
     answers = Counter(answer for batch, _ in batches for answer in batch.answer.tolist())
-    guesses = []
+    guesses: dict[str, list[float]] = {"knows which objects there are": []}
+    if frames > 1:
+        guesses["knows which objects each frame has"] = []
     for batch, cells in batches:
         for row, (_, colour, shape, _) in zip(cells.tolist(), batch.question.tolist(), strict=True):
             asked = colour * len(SHAPES) + shape - word(SHAPES[0])
-            others = Counter(look // len(SHAPES) for look in row if look not in (-1, asked))
-            guesses.append(max(others.values()) / others.total())
-    return {
-        "sees nothing": {"accuracy": max(answers.values()) / answers.total()},
-        "knows which objects there are": {"accuracy": sum(guesses) / len(guesses)},
-    }
+            start = row.index(asked) // side**2 * side**2
+            known = (row, row[start : start + side**2])
+            for guess, looks_known in zip(guesses.values(), known):
+                others = Counter(look // len(SHAPES) for look in looks_known if look not in (-1, asked))
+                guess.append(max(others.values()) / others.total())
+    found = {name: {"accuracy": sum(values) / len(values)} for name, values in guesses.items()}
+    return {"sees nothing": {"accuracy": max(answers.values()) / answers.total()}, **found}
 
 
 CCA_SIDE, CCA_NUMBER, CCA_LARGER = 6, 4, (8, 10)
@@ -247,8 +251,8 @@ MMA = Claim(
     "left of, right of, above or below another one.",
     variants={
         "causal": "cells see the cells before them",
-        "modality-mutual": "and every cell sees the question",
-        "full-visual": "cells see all cells and not the question",
+        "modality-mutual": "causal, and every cell sees the question",
+        "full-visual": "causal, and cells see all cells, but not the question",
     },
     comparisons=(("modality-mutual", "causal"), ("full-visual", "causal"), ("modality-mutual", "full-visual")),
     metric="accuracy",
@@ -301,8 +305,8 @@ FRAME_BLOCK = Claim(
     "left of, right of, above or below another one of its frame.",
     variants={
         "causal": "cells see the cells before them",
-        "frame-block-causal": "and all cells of their frame",
-        "full-visual": "cells see all cells of all frames",
+        "frame-block-causal": "causal, and cells see all cells of their frame",
+        "full-visual": "causal, and cells see all cells of all frames",
     },
     comparisons=(
         ("frame-block-causal", "causal"),

@@ -42,7 +42,8 @@ def results(claim: Claim, folder: Path) -> Results:
     """What has been run in this folder so far.
 
     Raises:
-        InputError: the file is damaged, or of runs of another length, which must not be mixed with new ones.
+        InputError: the file is damaged, or of runs of another length or of other variants, which must not be mixed with
+            new ones.
     """
     path = folder / f"{claim.name}.json"
     if not path.exists():
@@ -50,9 +51,12 @@ def results(claim: Claim, folder: Path) -> Results:
     way_out = "Give another folder, or remove the file to run everything again."
     try:
         found: Results = json.loads(path.read_text())
-        steps, _ = found["steps"], [(run["variant"], run["seed"], run["scores"]) for run in found["runs"]]
+        steps, known = found["steps"], {run["variant"]: (run["seed"], run["scores"]) for run in found["runs"]}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not hold results of `mmzoo reproduce`: {error!r}. {way_out}") from error
+    if known.keys() - claim.variants.keys():
+        strange = ", ".join(sorted(known.keys() - claim.variants.keys()))
+        raise InputError(f"{path} holds runs of variants that {claim.name} does not have: {strange}. {way_out}")
     if steps != claim.steps:
         raise InputError(f"{path} holds runs of {steps} steps, a run has {claim.steps} now. {way_out}")
     return found
@@ -101,8 +105,7 @@ def reproduce(claim: Claim, seeds: int, folder: Path, jobs: int = 1, advance: Ca
         found["runs"] = sorted([*found["runs"], result], key=lambda run: (order.index(run["variant"]), run["seed"]))
         found |= {"date": date.today().isoformat(), "device": f"{platform.machine()} CPU, one thread a run"}
         found |= {"versions": {"python": platform.python_version(), **versions()}}
-        if "levels" not in found:
-            found["levels"] = claim.levels()
+        found |= {"levels": claim.levels()}
         with replacing(folder / f"{claim.name}.json") as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
     draw(claim, found, folder / f"{claim.name}.png")
@@ -198,15 +201,15 @@ def _conclusion(claim: Claim, found: Results, variant: str, baseline: str) -> st
         return f"{said}. One seed says nothing of how far seeds differ."
     said += f", 95 % interval {low:+.2f} to {high:+.2f}."
     guess = max(level.get(claim.metric, 0.0) for level in found["levels"].values())
-    learned = max(statistics.fmean(ours.values()), statistics.fmean(theirs.values())) > guess + 0.02
-    if not learned:
-        return (
-            f"{said} No effect shows: neither has got beyond a good guess ({guess:.2f}), so there is nothing to tell."
-        )
+    means = statistics.fmean(ours.values()), statistics.fmean(theirs.values())
+    if max(means) <= guess + 0.02:
+        return f"{said} Neither has got beyond a good guess ({guess:.2f}): no effect on the task itself shows."
     if low > 0:
         return f"{said} The effect shows."
     if high < 0:
         return f"{said} The opposite shows: {baseline} is better."
+    if min(means) > 0.98:
+        return f"{said} No effect shows: both have solved the task."
     if higher == len(pairs):
         return f"{said} Better in every seed, but the seeds differ so much that the interval holds 0."
     return f"{said} No effect shows."
