@@ -20,6 +20,7 @@ from mmzoo.errors import InputError, MissingExtra, MmzooError
 if TYPE_CHECKING:
     from mmzoo.asking import Answer
     from mmzoo.language import MultimodalLM
+    from mmzoo_training.claims import Claim
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -206,6 +207,44 @@ def check(
     console.print(f"{usable} usable records, {images} images, {videos} videos; {len(problems)} problems")
     if problems or not records:
         raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    claim: Annotated[str, typer.Argument(help="ccam, frame-block, cca, mma, or all")] = "all",
+    seeds: Annotated[int, typer.Option(help="runs of each variant")] = 3,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder for results and curves; an interrupted command goes on there")
+    ] = Path("reproduced"),
+    jobs: Annotated[int, typer.Option(help="processes; each run has one thread")] = 2,
+) -> None:
+    """Rerun the papers' claims at nano scale: every variant and seed, beside its controls."""
+    from mmzoo_training.reproduce import claims
+
+    for one in claims(claim):
+        _reproduce(one, seeds, output, jobs)
+
+
+def _reproduce(claim: Claim, seeds: int, folder: Path, jobs: int) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mmzoo_training import reproduce as rerun
+
+    parts = TextColumn(claim.name), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()
+    left = rerun.missing(claim, seeds, rerun.results(claim, folder))
+    with Progress(*parts, console=console, speed_estimate_period=300) as progress:
+        task = progress.add_task(claim.name, total=claim.steps * len(left))
+        found = rerun.reproduce(claim, seeds, folder, jobs, lambda done: progress.advance(task, done))
+    titles = f"{claim.name} ({claim.paper}): {claim.metric}", "other scores, means over the seeds"
+    for title, (head, body) in zip(titles, rerun.tables(claim, found), strict=True):
+        table = Table(*head, title=title)
+        for row in body:
+            table.add_row(*row)
+        console.print(table)
+    for line in (*rerun.conclusions(claim, found), *claim.caveats):
+        console.print(f"- {escape(line)}")
+    files = " and ".join(str(folder / f"{claim.name}.{kind}") for kind in ("json", "png"))
+    console.print(f"results and curves: {files}\n", soft_wrap=True)
 
 
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
