@@ -196,10 +196,10 @@ def _conclusion(claim: Claim, found: Results, variant: str, baseline: str) -> st
         return f"{said}: no pair of runs."
     mean, low, high = interval(pairs)
     higher = sum(pair > 0 for pair in pairs)
-    said += f": {mean:+.2f}, higher in {higher} of {len(pairs)} seeds"
+    said += f": {_signed(mean)}, higher in {higher} of {len(pairs)} seeds"
     if len(pairs) == 1:
         return f"{said}. One seed says nothing of how far seeds differ."
-    said += f", 95 % interval {low:+.2f} to {high:+.2f}."
+    said += f", 95 % interval {_signed(low)} to {_signed(high)}."
     guess = max(level.get(claim.metric, 0.0) for level in found["levels"].values())
     means = statistics.fmean(ours.values()), statistics.fmean(theirs.values())
     if max(means) <= guess + 0.02:
@@ -211,7 +211,7 @@ def _conclusion(claim: Claim, found: Results, variant: str, baseline: str) -> st
     if min(means) > 0.98:
         return f"{said} No effect shows: both have solved the task."
     if higher == len(pairs):
-        return f"{said} Better in every seed, but the seeds differ so much that the interval holds 0."
+        return f"{said} Better in every seed, but the interval holds 0."
     return f"{said} No effect shows."
 
 
@@ -248,6 +248,10 @@ def _summary(claim: Claim, found: Results, variant: str) -> list[str]:
 
 def _mean(scores: dict[int, float]) -> str:
     return _number(statistics.fmean(scores.values())) if scores else ""
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # no minus before 0.00
 
 
 def _number(value: float | None) -> str:
