@@ -166,6 +166,8 @@ def _two_softmaxes(attention: Attention) -> Attention:
             return one + other, None
         if attention_mask is None or attention_mask.shape[1] not in (2, 4):
             raise UnsupportedMask("transformers", "pair", "it needs a mask of two or four channels, made by mmzoo")
+        if query.shape[2] == 1 and attention is not _mmzoo_eager and not (module.training and kwargs.get("dropout")):
+            return _one_query(query, key, value, attention_mask, kwargs.get("scaling")), None
         channels = [attention_mask[:, i : i + 1] for i in (0, 1)]
         (one, weights), (other, more) = (
             attention(module, query, key, value, channel, **kwargs) for channel in channels
@@ -179,6 +181,18 @@ def _two_softmaxes(attention: Attention) -> Attention:
         return output, weights
 
     return mmzoo_pair
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """A decoding step [B, 1, H, D] of both softmaxes: the scores are made once, and no key or value is repeated."""
+    grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # [B, G, H / G, D]
+    scores = grouped @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))[..., None, :]
+    closed = ~mask[:, None, None, :2, 0]
+    weights = scores.masked_fill(closed, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(closed, 0).sum(-2)
+    if mask.shape[1] == 4:
+        weights = weights + _fallback_weights(mask, scores.dtype)
+    return (weights.to(value.dtype) @ value).flatten(1, 2)[:, None]
 
 
 def _where_open(output: Tensor, mask: Tensor) -> Tensor:
