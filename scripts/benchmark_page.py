@@ -17,10 +17,11 @@ PAGE, RESULTS = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results"
 
 def table(rows: dict[str, dict[str, float]], first: str) -> str:
     """A Markdown table, one line a row."""
-    names = list(next(iter(rows.values())))
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [f"| {first} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {name} | " + " | ".join(f"{value:.4g}" for value in row.values()) + " |" for name, row in rows.items()
+        f"| {name} | " + " | ".join(f"{row[column]:.4g}" if column in row else "" for column in names) + " |"
+        for name, row in rows.items()
     ]
     return "\n".join(lines)
 
