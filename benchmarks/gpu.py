@@ -32,7 +32,7 @@ from mmzoo.layout import lay_out, text
 DEVICE = "cuda"
 HEADS, HEAD_DIM = 16, 128
 HEAD_DIMS = (8, 16, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256)
-WITHOUT_PIXELS = {"causal": masks.causal(), **RULES}
+COMPARED = {"causal": masks.causal(), **RULES}
 
 
 def in_parallel(function: Callable[[Any], Any], items: Any) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def tiles() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tokens in (8192, 16384, 32768):
         inputs, layout = tensors(tokens), a_video(tokens).to(DEVICE)
-        blocks = {name: compact(rule, layout).block_mask() for name, rule in WITHOUT_PIXELS.items()}
+        blocks = {name: compact(rule, layout).block_mask() for name, rule in COMPARED.items()}
         computed = {name: int((one.kv_num_blocks + one.full_kv_num_blocks).sum()) for name, one in blocks.items()}
         partial = {name: int(one.kv_num_blocks.sum()) for name, one in blocks.items()}
         runs = {name: steps(lambda q, k, v, one=one: flex(q, k, v, one), inputs) for name, one in blocks.items()}
@@ -110,7 +110,7 @@ def backends() -> dict[str, Any]:
         inputs, layout = tensors(tokens), a_video(tokens).to(DEVICE)
         found[str(tokens)] = {}
         for name in ("causal", "frame-block-causal"):
-            mask = Mask(WITHOUT_PIXELS[name], layout, layout, slice(None))
+            mask = Mask(COMPARED[name], layout, layout, slice(None))
             dense, blocks, calls = mask.dense()[:, None], mask.blocks(), mask.calls()
             ways: dict[str, Callable[..., torch.Tensor]] = {
                 "sdpa, is_causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
