@@ -1,0 +1,179 @@
+"""What a benchmark is: items from its annotation files, and protocols that ask, judge and sum up.
+
+Everything here is data and small pure functions. The runner asks models; a benchmark never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mmzoo.errors import InputError
+
+ANSWERED, UNANSWERED, UNREADABLE, FAILED = "answered", "unanswered", "unreadable media", "model error"
+STATES = (ANSWERED, UNANSWERED, UNREADABLE, FAILED)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        id: unique in its benchmark.
+        question: as annotated.
+        answer: what is right: the index of an option where there are options, else the annotation's own.
+        options: without letters of their own.
+        media: path of the video, folder of frames or image, below the folder of media; "" without one.
+        kind: the group that the benchmark reports by, such as the task.
+        cluster: what items share that are not independent, such as their video.
+        bound: start and end in seconds, where only a part of the video is meant.
+        details: every other field that a protocol needs.
+    """
+
+    id: str
+    question: str
+    answer: Any = None
+    options: tuple[str, ...] = ()
+    media: str = ""
+    kind: str = ""
+    cluster: str = ""
+    bound: tuple[float, float] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Prompt(NamedTuple):
+    """What a model is told: the user's words (media stand before them), a system text, and how its own answer begins."""
+
+    user: str
+    system: str | None = None
+    start: str = ""
+
+
+class Verdict(NamedTuple):
+    """What a protocol makes of a response.
+
+    Attributes:
+        score: usually 0 or 1; None where the protocol drops the item from its denominator.
+        parsed: what was read from the response; None if nothing was: the item counts as unanswered, whatever its score.
+    """
+
+    score: float | None
+    parsed: Any = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An item with what the model said to it. `verdict` is None for unreadable media and model errors."""
+
+    item: Item
+    response: str | None
+    verdict: Verdict | None
+    state: str
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Which frames are looked at: a rule of `mmzoo.media.SAMPLING_RULES` with its numbers.
+
+    Attributes:
+        sampling: None leaves it to the model's processor, as it leaves `num_frames`.
+        num_frames: frames wanted.
+        fps: frames a second wanted, for rules by rate.
+    """
+
+    sampling: str | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to ask, judge and sum up.
+
+    Attributes:
+        name: unique in its benchmark; it is printed with every score.
+        source: whose rules these are: repository and commit.
+        judge: (item, response) -> Verdict.
+        aggregate: scored items -> metric -> value, in the protocol's own unit and under its own names. It gets those
+            that have a verdict.
+        headline: the metric that is printed first.
+        prompt: item -> Prompt; None where the source judges only.
+        frames: which frames are shown.
+        max_new_tokens: of an answer.
+        unit: "percent" or "fraction" or "points", of the headline.
+    """
+
+    name: str
+    source: str
+    judge: Callable[[Item, str], Verdict]
+    aggregate: Callable[[Sequence[Judged]], dict[str, float]]
+    headline: str
+    prompt: Callable[[Item], Prompt] | None = None
+    frames: Frames = Frames()
+    max_new_tokens: int = 16
+    unit: Literal["percent", "fraction", "points"] = "percent"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark.
+
+    Attributes:
+        name: as in `mmzoo eval run MODEL NAME`.
+        title: as papers write it.
+        read: folder or file of annotations, as published -> items. Raises DatasetError, with file and field.
+        protocols: by name; the first is the default.
+        media: what is shown.
+        data: where the annotations are published and how the folder has to look, in one or two sentences.
+    """
+
+    name: str
+    title: str
+    read: Callable[[Path], list[Item]]
+    protocols: Mapping[str, Protocol]
+    media: Literal["video", "image"] = "video"
+    data: str = ""
+
+    def protocol(self, name: str | None = None) -> Protocol:
+        """The protocol of that name, or the default. Raises InputError, with the names there are."""
+        if name is None:
+            return next(iter(self.protocols.values()))
+        if name not in self.protocols:
+            raise InputError(f"{self.title} has no protocol {name!r}. It has: {', '.join(self.protocols)}.")
+        return self.protocols[name]
+
+
+def by_name(*protocols: Protocol) -> dict[str, Protocol]:
+    """Protocols as a benchmark holds them."""
+    return {protocol.name: protocol for protocol in protocols}
+
+
+def judged(item: Item, response: str, protocol: Protocol) -> Judged:
+    """An item with the protocol's verdict on a response."""
+    verdict = protocol.judge(item, response)
+    return Judged(item, response, verdict, UNANSWERED if verdict.parsed is None else ANSWERED)
+
+
+def mean(values: Sequence[float], scale: float = 1.0) -> float:
+    """The mean times a scale; nan of nothing."""
+    return scale * sum(values) / len(values) if values else float("nan")
+
+
+def scores(rows: Sequence[Judged]) -> list[float]:
+    """The scores that count."""
+    return [row.verdict.score for row in rows if row.verdict is not None and row.verdict.score is not None]
+
+
+def by_kind(rows: Sequence[Judged]) -> dict[str, list[Judged]]:
+    """Rows by the kind of their item, in the order of first appearance."""
+    groups: dict[str, list[Judged]] = {}
+    for row in rows:
+        groups.setdefault(row.item.kind, []).append(row)
+    return groups
+
+
+def lettered(number: int) -> str:
+    """A, B, C ... for 0, 1, 2 ..."""
+    return chr(ord("A") + number)

@@ -1,0 +1,21 @@
+"""The benchmarks, one a file (or a tight group). A new one is one file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from mmzoo.errors import InputError
+from mmzoo_eval.benchmark import Benchmark
+
+MODULES: dict[str, str] = {}
+"""Name -> module of this package that holds it in its BENCHMARKS."""
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark of that name. Raises InputError, with the closest names."""
+    if name not in MODULES:
+        close = ", ".join(difflib.get_close_matches(name, MODULES, n=3, cutoff=0.0))
+        raise InputError(f"There is no benchmark {name!r}. The closest names are {close}; `mmzoo eval list` shows all.")
+    module = importlib.import_module(f"{__name__}.{MODULES[name]}")
+    return next(one for one in module.BENCHMARKS if one.name == name)
