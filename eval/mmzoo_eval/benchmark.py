@@ -44,7 +44,7 @@ class Item:
 
 
 class Prompt(NamedTuple):
-    """What a model is told: the user's words (media stand before them), a system text, and how its own answer begins."""
+    """What a model is told: the user's words (media stand before them), a system text, and how its answer begins."""
 
     user: str
     system: str | None = None
