@@ -16,6 +16,7 @@ from rich.table import Table
 
 import mmzoo
 from mmzoo.errors import InputError, MissingExtra, MmzooError
+from mmzoo_eval.cli import app as eval_app
 
 if TYPE_CHECKING:
     from mmzoo.asking import Answer
@@ -179,6 +180,8 @@ def demo(output: OutputFolder = Path("demo_output")) -> None:
         _print_answers(rows)
         _draw(model, rows[0][1], output, path.stem)
 
+
+app.add_typer(eval_app, name="eval")
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data of one's own.")
 app.add_typer(data_app, name="data")

@@ -90,6 +90,10 @@ class DatasetError(MmzooError, ValueError):
         super().__init__("\n".join([*lines, f"  and {hidden} more"] if hidden > 0 else lines))
 
 
+class EvaluationError(MmzooError, RuntimeError):
+    """An evaluation had to stop. What was answered is kept, and the same command goes on from there."""
+
+
 class VideoReadError(MmzooError, OSError):
     """A video could not be read, or not as many frames as were asked for.
 

@@ -13,7 +13,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of a tensor's dtype, shape and little-endian bytes, wherever it lies."""
     plain = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
-    digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

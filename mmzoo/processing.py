@@ -55,6 +55,8 @@ class MultimodalProcessor(ProcessorMixin):
     """The rule by which frames are taken from a clip: a name in `mmzoo.media.SAMPLING_RULES`."""
     multi_turn: ClassVar[bool] = False
     """Whether `dialogue` takes more than one turn."""
+    before_answer: ClassVar[str] = ""
+    """What stands between `prompt` and the answer."""
 
     def __init__(
         self,
@@ -88,8 +90,17 @@ class MultimodalProcessor(ProcessorMixin):
         """The text in which the `count` spans of a clip stand, after `before` spans of earlier media."""
         return IMAGE * count
 
-    def prompt(self, question: str, media: str = "") -> str:
-        """The text that puts a question; `media` holds the places of what it is about."""
+    def prompt(self, question: str, media: str = "", *, system: str | None = None) -> str:
+        """The text that puts a question.
+
+        Args:
+            question: plain text.
+            media: the places of what it is about.
+            system: in place of the processor's own system text.
+
+        Raises:
+            InputError: a system text, for a family that has no place for one.
+        """
         raise NotImplementedError
 
     def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:

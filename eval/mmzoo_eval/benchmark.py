@@ -10,10 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from mmzoo.errors import InputError
 
 ANSWERED, UNANSWERED, UNREADABLE, FAILED = "answered", "unanswered", "unreadable media", "model error"
 STATES = (ANSWERED, UNANSWERED, UNREADABLE, FAILED)
+
+Answers = Literal["text", "letters", "options"]
+"""How a model answers: it writes, or the likeliest of the options' letters or of their words is taken."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Frames:
     """Which frames are looked at: a rule of `mmzoo.media.SAMPLING_RULES` with its numbers.
 
     Attributes:
-        sampling: None leaves it to the model's processor, as it leaves `num_frames`.
+        sampling: None leaves it to the model's processor, and also `num_frames` where that is None.
         num_frames: frames wanted.
         fps: frames a second wanted, for rules by rate.
     """
@@ -86,6 +91,16 @@ class Frames:
     sampling: str | None = None
     num_frames: int | None = None
     fps: float | None = None
+
+    def of(self, processor: Any) -> Frames:
+        """With what is left to a model's processor filled in."""
+        if self.sampling is not None:
+            return self
+        return Frames(processor.sampling, self.num_frames or processor.num_frames, self.fps)
+
+    def __str__(self) -> str:
+        counts = (f"{self.num_frames} frames" if self.num_frames else "", f"{self.fps:g} frames/s" if self.fps else "")
+        return " at ".join(filter(None, counts)) or f"frames: {self.sampling}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,7 @@ class Protocol:
         frames: which frames are shown.
         max_new_tokens: of an answer.
         unit: "percent" or "fraction" or "points", of the headline.
+        answers: what `judge` is given; `by_likelihood` makes the other kinds.
     """
 
     name: str
@@ -114,6 +130,7 @@ class Protocol:
     frames: Frames = Frames()
     max_new_tokens: int = 16
     unit: Literal["percent", "fraction", "points"] = "percent"
+    answers: Answers = "text"
 
 
 @dataclass(frozen=True)
@@ -127,6 +144,7 @@ class Benchmark:
         protocols: by name; the first is the default.
         media: what is shown.
         data: where the annotations are published and how the folder has to look, in one or two sentences.
+        make: item -> uint8 frames [T, H, W, 3], for a benchmark whose videos are no files.
     """
 
     name: str
@@ -135,6 +153,7 @@ class Benchmark:
     protocols: Mapping[str, Protocol]
     media: Literal["video", "image"] = "video"
     data: str = ""
+    make: Callable[[Item], np.ndarray] | None = None
 
     def protocol(self, name: str | None = None) -> Protocol:
         """The protocol of that name, or the default. Raises InputError, with the names there are."""

@@ -183,14 +183,13 @@ class AKIProcessor(MultimodalProcessor):
     def image_span(self, pixels: Tensor) -> Span:
         return image(self.num_vision_tokens, grid=False)
 
-    def prompt(self, question: str, media: str = "") -> str:
+    def prompt(self, question: str, media: str = "", *, system: str | None = None) -> str:
         """The prompt of AKI's demo; the beginning-of-sequence token is the tokenizer's business."""
-        return sft_prompt(question, media, self.system)
+        return sft_prompt(question, media, self.system if system is None else system)
 
     def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
         (turn,) = self._single(turns)
-        prompt = sft_prompt(turn.question, turn.media, self.system if system is None else system)
-        return prompt + turn.answer + self.tokenizer.eos_token
+        return self.prompt(turn.question, turn.media, system=system) + turn.answer + self.tokenizer.eos_token
 
     def caption(self, text: str, media: str = IMAGE) -> str:
         """The text of pre-training."""

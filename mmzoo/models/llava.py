@@ -125,6 +125,7 @@ class LlavaProcessor(MultimodalProcessor):
     """
 
     multi_turn = True
+    before_answer = " "
 
     def __init__(
         self,
@@ -167,8 +168,8 @@ class LlavaProcessor(MultimodalProcessor):
     def _conversation(self, turns: Sequence[tuple[str, str | None]], system: str) -> str:
         return conversation(turns, system, self.turn_marker, self.answer_marker, self.tokenizer.eos_token)
 
-    def prompt(self, question: str, media: str = "") -> str:
-        return self.conversation([(asked(question, media), None)])
+    def prompt(self, question: str, media: str = "", *, system: str | None = None) -> str:
+        return self._conversation([(asked(question, media), None)], self.system if system is None else system)
 
     def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
         said = [(asked(turn.question, turn.media), turn.answer) for turn in turns]

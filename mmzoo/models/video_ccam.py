@@ -260,8 +260,9 @@ class VideoCCAMProcessor(MultimodalProcessor):
         is_video = modality == Modality.VIDEO
         return [video(1, self.num_query, grid=False) if is_video else image(self.num_query, grid=False)]
 
-    def prompt(self, question: str, media: str = "") -> str:
+    def prompt(self, question: str, media: str = "", *, system: str | None = None) -> str:
         """The text that puts a question; places of media that it does not hold yet come before it."""
+        self._refuse(system)
         return self.conversation([], question, media)
 
     def conversation(self, turns: Sequence[tuple[str, str]], question: str, media: str = "") -> str:
@@ -281,11 +282,14 @@ class VideoCCAMProcessor(MultimodalProcessor):
         return chat.opening + "".join(said)
 
     def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
-        if system is not None:
-            raise InputError("Video-CCAM was trained without system texts of the data's own, and has no place for one.")
+        self._refuse(system)
         questions = [f"{turn.media}\n{turn.question}" if turn.media else turn.question for turn in turns]
         earlier = list(zip(questions, [turn.answer for turn in turns], strict=True))[:-1]
         return self.conversation(earlier, questions[-1]) + turns[-1].answer + CHATS[self.chat].end
+
+    def _refuse(self, system: str | None) -> None:
+        if system is not None:
+            raise InputError("Video-CCAM was trained without system texts of the data's own, and has no place for one.")
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
         """The ids of a text. What stands between media is encoded on its own, as the authors do."""

@@ -272,10 +272,10 @@ class VisualChatProcessor(MultimodalProcessor):
     def frame_places(self, count: int, before: int) -> str:
         return "\n".join(f"### Image {before + i}:\n{IMAGE}" for i in range(1, count + 1))
 
-    def prompt(self, question: str, media: str = "") -> str:
+    def prompt(self, question: str, media: str = "", *, system: str | None = None) -> str:
         """The first round of a conversation."""
         places = re.findall(f"{IMAGE}|{VIDEO}", media)
-        return round_prompt(self._within_round(question), places, system=self.system)
+        return round_prompt(self._within_round(question), places, system=self.system if system is None else system)
 
     def conversation(self, rounds: Sequence[Round]) -> str:
         """The text of a conversation, ready for an answer if the last round has none.

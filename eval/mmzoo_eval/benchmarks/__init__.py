@@ -8,7 +8,11 @@ import importlib
 from mmzoo.errors import InputError
 from mmzoo_eval.benchmark import Benchmark
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "world": "world",
+    "world-reversed": "world",
+    "world-unseen": "world",
+}
 """Name -> module of this package that holds it in its BENCHMARKS."""
 
 
