@@ -1,0 +1,153 @@
+"""Keys and values of the frames that a generator still sees, with the layout of their slots.
+
+Frames of a block get slots when a pass over it begins: their own if it is another pass over the same frames, else free
+ones, else those of the oldest frames, but never of the sink. Nothing is moved: softmax does not mind the order of keys.
+What a block sees is the rule on (layout of the block, layout of the slots), and nothing else.
+
+    cache = RollingKVCache(num_layers=30, window=12, sink=3, tokens_per_frame=1560)
+    cache.begin(range(6, 9))                          # a pass over frames 6, 7, 8
+    keys, values = cache.update(layer, key, value)    # in each layer: writes the block's, returns all
+    mask = cache.mask(rule)                           # None where the block sees every slot
+
+Shape legend: B batch, F frames of a block, S slots that are taken, N tokens a frame, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmzoo.attention.compiler import allowed
+from mmzoo.errors import InputError
+from mmzoo.layout import Modality, Role, TokenLayout, lay_out, video
+from mmzoo.masks import Rule
+
+FREE = -1
+
+
+def frames_layout(frames: Sequence[int], role: Role = Role.PROMPT) -> TokenLayout:
+    """The layout [1, F, K] of frames of one clip, a token each, by their numbers."""
+    layout = lay_out(video(len(frames), 1, 1))
+    numbers = torch.tensor([list(frames)], dtype=torch.int32)
+    for field, value in (("index", numbers), ("frame", numbers)):
+        layout = layout.field(field, value)
+    layout = layout.field("modality", torch.full_like(numbers, int(Modality.LATENT)))
+    return layout.field("role", torch.full_like(numbers, int(role)))
+
+
+class RollingKVCache:
+    """A rolling cache of every layer of one model. Buffers are made at the first update.
+
+    Args:
+        num_layers: attention layers that write into it.
+        window: frames it holds at most, those of the block in work included.
+        sink: of the first frames, how many stay for good.
+        tokens_per_frame: N.
+
+    Raises:
+        InputError: the window is no larger than the sink.
+    """
+
+    def __init__(self, num_layers: int, window: int, *, sink: int = 0, tokens_per_frame: int = 1):
+        if window <= sink:
+            raise InputError(f"A window of {window} frames must be larger than its sink of {sink}.")
+        self.window, self.sink, self.tokens_per_frame = window, sink, tokens_per_frame
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.reset()
+
+    def reset(self, first_frame: int = 0) -> None:
+        """Forget everything. The sink is then taken by the frames from `first_frame` on."""
+        self.first_frame = first_frame
+        self.frames: list[int] = []
+        self.block: list[int] = []
+
+    def begin(self, frames: Sequence[int], *, keep_sink: bool = False) -> None:
+        """Begin a pass over a block of frames.
+
+        Args:
+            frames: their numbers, ascending. Where not all find a slot, because the sink and the block do not fit into
+                the window together, the oldest are left out: they see, but are not seen.
+            keep_sink: leave what the sink holds already as it is, and let it be seen in place of what the block has.
+        """
+        kept = set(self.frames[: self.sink]) if keep_sink else set()
+        self.block, slots = list(frames), {}
+        for frame in reversed(self.block):
+            if frame in self.frames:
+                slots[frame] = self.frames.index(frame)
+        for frame in self.block if len(self.frames) < self.window else ():
+            if frame not in slots and len(self.frames) < self.window:
+                slots[frame] = len(self.frames)
+                self.frames.append(frame)
+        for frame in reversed(self.block):
+            if frame not in slots and (slot := self._oldest(before=frame)) is not None:
+                slots[frame] = slot
+                self.frames[slot] = frame
+        self._slots = [slots.get(frame) if frame not in kept else None for frame in self.block]
+
+    def _oldest(self, before: int) -> int | None:
+        """The slot of the oldest frame that may go: not of the sink, not of the block, and older than `before`."""
+        fair = [i for i in range(self.sink, len(self.frames)) if self.frames[i] not in self.block]
+        oldest = min(fair, key=lambda i: self.frames[i], default=None)
+        return oldest if oldest is not None and self.frames[oldest] < before else None
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the block's keys and values [B, F N, H, D]; returns those of every slot, [B, S N, H, D].
+
+        What is returned are views of the buffers: the next update changes them.
+        """
+        return self._write(self.keys, layer, key), self._write(self.values, layer, value)
+
+    def _write(self, buffers: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
+        count = self.tokens_per_frame
+        buffer = buffers[layer]
+        if buffer is None or buffer.shape[0] != new.shape[0]:
+            buffer = buffers[layer] = new.new_zeros(new.shape[0], self.window * count, *new.shape[2:])
+        for start, stop, slot in self._runs():
+            place = slice(slot * count, (slot + stop - start) * count)
+            buffer[:, place] = new[:, start * count : stop * count]
+        return buffer[:, : len(self.frames) * count]
+
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """(first, end, slot) of the block's frames that stand side by side in the buffer."""
+        runs: list[tuple[int, int, int]] = []
+        for i, slot in enumerate(self._slots):
+            if slot is None:
+                continue
+            if runs and runs[-1][1] == i and runs[-1][2] + i - runs[-1][0] == slot:
+                runs[-1] = (runs[-1][0], i + 1, runs[-1][2])
+            else:
+                runs.append((i, i + 1, slot))
+        return runs
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The layout [1, S, K] of the slots, a token a frame, by numbers from `first_frame` on."""
+        return frames_layout([frame - self.first_frame for frame in self.frames])
+
+    @property
+    def block_layout(self) -> TokenLayout:
+        """The layout [1, F, K] of the block's frames, by the same numbers."""
+        return frames_layout([frame - self.first_frame for frame in self.block])
+
+    def mask(self, rule: Rule) -> Tensor | None:
+        """bool [F, S], True where a frame of the block sees a slot; None where all do."""
+        opened = allowed(rule, self.block_layout, self.layout)[0]
+        return None if bool(opened.all()) else opened
+
+    def ranks(self) -> tuple[list[int], list[int]]:
+        """The place of each slot, and of each frame of the block, among the visible frames by time, from 0.
+
+        For positions that start anew in every window; a frame that found no slot has the place of the next that did.
+        """
+        ordered = sorted(self.frames)
+        return [ordered.index(frame) for frame in self.frames], [
+            sum(other < frame for other in ordered) for frame in self.block
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(one.numel() * one.element_size() for one in (*self.keys, *self.values) if one is not None)
