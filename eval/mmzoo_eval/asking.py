@@ -120,12 +120,13 @@ def responses(
 ) -> list[str]:
     """What a model says to a batch of items: its own words, or the letter of the likeliest option."""
     if protocol.answers == "text":
-        return _written(model, [put(model, *one) for one in zip(prompts, media)], media, protocol.max_new_tokens)
+        return written(model, [put(model, *one) for one in zip(prompts, media)], media, protocol.max_new_tokens)
     return [_likeliest(model, protocol.answers, *one) for one in zip(items, prompts, media, strict=True)]
 
 
 @torch.no_grad()
-def _written(model: MultimodalLM, texts: Sequence[str], media: Sequence[Any], max_new_tokens: int) -> list[str]:
+def written(model: MultimodalLM, texts: Sequence[str], media: Sequence[Any], max_new_tokens: int) -> list[str]:
+    """What a model writes, greedily, to each text, which shows a picture, a `Video` or nothing."""
     videos = [[medium] if isinstance(medium, Video) else [] for medium in media]
     images = [[] if medium is None or isinstance(medium, Video) else [medium] for medium in media]
     batch = model.processor(list(texts), images=images, videos=videos).to(model.device)

@@ -1,7 +1,6 @@
-"""The synthetic world's own benchmark: accuracy by kind of question, each beside its controls. It runs offline.
+"""A table of the synthetic world's questions for model cards: each kind beside its controls. It runs offline.
 
-Protocol "world (exact word, 8 frames)": the clip is rendered at 128 pixels, goes through the model's processor, the
-model generates greedily, and an answer counts if it is exactly the right word.
+Protocol "world (exact word, 8 frames)", as the benchmark `world` of `mmzoo eval`.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from mmzoo.world import (
     chance_accuracy,
     make_clip,
 )
+from mmzoo_eval.asking import put, written
+from mmzoo_eval.benchmark import Prompt
 
 PROTOCOL = "world (exact word, 8 frames)"
 SHOWN_AT = 128
@@ -76,13 +77,9 @@ def evaluate(
 
 def answers(model: MultimodalLM, asked: Sequence[tuple[Clip, Question]]) -> list[str]:
     """What the model says to each (clip, question)."""
-    processor = model.processor
-    batch = processor(
-        [processor.prompt(question.text, "<video>") for _, question in asked],
-        videos=[[clip.frames] for clip, _ in asked],
-    ).to(model.device)
-    tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    videos = [model.processor.read_video(clip.frames) for clip, _ in asked]
+    texts = [put(model, Prompt(question.text), video) for (_, question), video in zip(asked, videos, strict=True)]
+    return [text.strip() for text in written(model, texts, videos, max_new_tokens=4)]
 
 
 def levels(clips: Sequence[Clip]) -> dict[str, tuple[float, float]]:
