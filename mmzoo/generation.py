@@ -1,0 +1,120 @@
+"""Generators: diffusers models that make a clip block by block, and the rollout that makes it.
+
+A family of generators holds, as every family, `MODEL`, `CONFIGS`, `is_release` and `read_release`; its entries say
+`library="diffusers"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor
+
+from mmzoo.errors import InputError, UnsupportedMask
+from mmzoo.masks import Rule
+
+BACKENDS = ("sdpa", "eager")
+
+
+class Generator(ModelMixin, ConfigMixin):
+    """Base of the generators. A family adds its layers, `forward`, and `rollout`.
+
+    Attributes:
+        rule: who may look at whom over frames.
+        fps: frames a second of what it makes.
+        connector_rule: None; generators have no connector with a mask.
+        processor: None; a generator takes prompts and frames as they are.
+    """
+
+    rule: Rule
+    fps: ClassVar[float] = 8.0
+    connector_rule: ClassVar[Rule | None] = None
+    processor: Any = None
+    attention: str = "sdpa"
+
+    @classmethod
+    def build(cls, fields: dict[str, Any], dtype: torch.dtype) -> Generator:
+        """A model with random weights from the fields of a configuration."""
+        return cls(**fields).to(dtype)
+
+    @property
+    def rule_name(self) -> str:
+        """The rule's name in the literature."""
+        return self.rule.name
+
+    def set_attention(self, name: str) -> None:
+        """Choose how attention runs: "sdpa", or "eager", softmax written out.
+
+        Raises:
+            UnsupportedMask: another backend, which these models do not run.
+        """
+        if name not in BACKENDS:
+            raise UnsupportedMask(name, self.rule_name, "generators run on sdpa and eager", BACKENDS)
+        self.attention = name
+
+    def rollout(self, num_frames: int, *, seed: int = 0, **options: Any) -> Rollout:
+        """Begin a clip. A family says what else it takes: a prompt, given frames, steps ...
+
+        Args:
+            num_frames: frames in all, given ones included.
+            seed: of all noise.
+        """
+        raise NotImplementedError
+
+
+class Rollout:
+    """A clip in the making: iterate over it to get its blocks, uint8 [F, H, W, 3], as they come.
+
+    A family overrides `_block`, `_state` and `_load`. `state_dict` after any block, loaded into a fresh rollout with the
+    same arguments, goes on exactly as the unbroken one.
+
+    Attributes:
+        num_frames: frames in all.
+        done: frames that were given out.
+        random: the source of all noise.
+    """
+
+    def __init__(self, model: Generator, num_frames: int, seed: int):
+        if num_frames < 1:
+            raise InputError(f"A clip has at least one frame, not {num_frames}.")
+        self.model, self.num_frames, self.done = model, num_frames, 0
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Tensor:
+        if self.done >= self.num_frames:
+            raise StopIteration
+        frames = self._block()[: self.num_frames - self.done]
+        self.done += len(frames)
+        return frames
+
+    def switch(self, prompt: str) -> None:
+        """Go on under another prompt from the next block on. Raises InputError where a family has no prompts."""
+        raise InputError(f"{type(self.model).__name__} has no prompt that could change.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings, by name; what `torch.load(weights_only=True)` reads."""
+        return {"done": self.done, "random": self.random.get_state(), **self._state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state. Raises InputError if it belongs to another rollout."""
+        if not {"done", "random"} <= state.keys() or state["done"] > self.num_frames:
+            raise InputError("This state is not one of this rollout.")
+        self.done = int(state["done"])
+        self.random.set_state(state["random"].clone())
+        self._load(state)
+
+    def _block(self) -> Tensor:
+        raise NotImplementedError
+
+    def _state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
