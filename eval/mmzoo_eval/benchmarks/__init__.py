@@ -8,7 +8,16 @@ import importlib
 from mmzoo.errors import InputError
 from mmzoo_eval.benchmark import Benchmark
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "activitynet_qa": "open_answers",
+    "chair": "chair",
+    "msrvtt_qa": "open_answers",
+    "msvd_qa": "open_answers",
+    "next_qa_open": "next_qa_open",
+    "tgif_qa": "open_answers",
+    "tgif_qa_count": "open_answers",
+    "vlind_bench": "vlind_bench",
+}
 """Name -> module of this package that holds it in its BENCHMARKS."""
 
 
