@@ -114,7 +114,7 @@ def part_of_speech(tag: str) -> str | None:
 
 
 def nltk_tags(words: Sequence[str]) -> list[str]:
-    """The tags of nltk's perceptron tagger. Raises MissingExtra without nltk, DatasetError without the tagger's data."""
+    """The tags of nltk's perceptron tagger. MissingExtra without nltk, DatasetError without its data."""
     try:
         from nltk import pos_tag
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""WordNet 3.0 from its own files: base forms, first synsets, and Wu-Palmer similarity as two releases of nltk compute it.
+"""WordNet 3.0 from its own files: base forms, first synsets, and Wu-Palmer similarity as two releases of nltk do it.
 
 The published scores of NExT-QA's open-ended task hang on these rules, which changed between releases, so they are here.
 """

@@ -41,7 +41,8 @@ class Found(NamedTuple):
 
     Attributes:
         words: its tokens, with double words joined.
-        positions: which of them are objects.
+        positions: where the objects begin among the tokens before they were joined. Upstream's are one too low after a
+            "seat" that was dropped.
         objects: the canonical name of each.
     """
 
@@ -50,14 +51,18 @@ class Found(NamedTuple):
     objects: list[str]
 
 
-def joined(words: Sequence[str]) -> list[str]:
-    """Words with double words joined, from left to right, and without "seat" where "toilet" stands too."""
+def joined(words: Sequence[str]) -> list[tuple[int, str]]:
+    """Words with double words joined, from left to right, and without "seat" where "toilet" stands too.
+
+    Each comes with its place among the words given.
+    """
     result, place = [], 0
     while place < len(words):
         pair = " ".join(words[place : place + 2])
-        result.append(DOUBLE_WORDS.get(pair, words[place]))
+        result.append((place, DOUBLE_WORDS.get(pair, words[place])))
         place += 2 if pair in DOUBLE_WORDS else 1
-    return [word for word in result if word != "seat"] if "toilet" in result else result
+    seats = {"seat"} if any(word == "toilet" for _, word in result) else set()
+    return [(place, word) for place, word in result if word not in seats]
 
 
 def singulars(caption: str) -> list[str]:
@@ -80,8 +85,8 @@ def lemmas(caption: str, lemma: Callable[[str, str], str], tag: Tagger = nltk_ta
 def objects(words: Iterable[str], table: Mapping[str, str]) -> Found:
     """The objects among the words of a caption; `table` leads from a word to its canonical name."""
     together = joined(list(words))
-    places = [i for i, word in enumerate(together) if word in table]
-    return Found(together, places, [table[together[i]] for i in places])
+    named = [(place, table[word]) for place, word in together if word in table]
+    return Found([word for _, word in together], [place for place, _ in named], [name for _, name in named])
 
 
 def read_table(path: Path) -> dict[str, str]:
@@ -271,7 +276,8 @@ BENCHMARKS = (
         read,
         by_name(OFFICIAL, lmms_eval()),
         "image",
-        "COCO 2014's instances and captions in `annotations`, its images in val2014 and train2014, and data/synonyms.txt "
-        "of LisaAnne/Hallucination, which mmzoo may not ship. `images.txt` chooses images; say which with the score.",
+        "COCO 2014's instances and captions in `annotations`, its images in val2014 and train2014, and "
+        "data/synonyms.txt of LisaAnne/Hallucination, which mmzoo may not ship. `images.txt` chooses images; say which "
+        "with the score.",
     ),
 )

@@ -12,7 +12,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from mmzoo_eval.annotations import read_json, read_table, refuse, require, unique
+from mmzoo_eval.annotations import read_json, read_table, refuse, unique
 from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, Verdict, by_name, mean
 from mmzoo_eval.english import Tagger, nltk_stem, nltk_tags, part_of_speech, tokens, wordnet
 from mmzoo_eval.wordnet import WordNet
@@ -210,6 +210,7 @@ BENCHMARKS = (
             wordnet_protocol("published_nltk3.5", "nltk3.5"),
             wordnet_protocol("nltk3.10.4", "nltk3.10.4"),
         ),
-        data="test.csv or val.csv of doc-doc/NExT-OE, with add_reference_answer_test.json; videos are called <video>.mp4.",
+        data="test.csv or val.csv of doc-doc/NExT-OE, and add_reference_answer_test.json; videos are called "
+        "<video>.mp4.",
     ),
 )

@@ -217,8 +217,8 @@ Judge = Callable[[list[Message]], str]
 JUDGE_SYSTEM = (
     "You are an intelligent chatbot designed for evaluating the correctness of generative outputs for question-answer "
     "pairs. Your task is to compare the predicted answer with the correct answer and determine if they match "
-    "meaningfully. Here's how you can accomplish the task:------##INSTRUCTIONS: - Focus on the meaningful match between "
-    "the predicted answer and the correct answer.\n"
+    "meaningfully. Here's how you can accomplish the task:------##INSTRUCTIONS: - Focus on the meaningful match "
+    "between the predicted answer and the correct answer.\n"
     "- Consider synonyms or paraphrases as valid matches.\n"
     "- Evaluate the correctness of the prediction compared to the answer."
 )

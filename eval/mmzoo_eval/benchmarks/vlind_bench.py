@@ -1,7 +1,7 @@
 """VLind-Bench: does a model look, or does it believe what is usual? Asked in stages (klee972/VLind-Bench, Apache-2.0).
 
-a: common-sense knowledge; b: visual perception; c: common-sense bias, counted where a passed; d: language prior, counted
-where b and c passed. In every stage statement 1 is true and statement 2 false.
+a: common-sense knowledge; b: visual perception; c: common-sense bias, counted where a passed; d: language prior,
+counted where b and c passed. In every stage statement 1 is true and statement 2 false.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def contexts(rows: Sequence[Judged]) -> list[Context]:
 
 
 def aggregate(rows: Sequence[Judged]) -> dict[str, float]:
-    """ "style/ratio" in percent, for all images and each style, with the number of contexts left as "style/n"."""
+    """Percent as "style/ratio", for all images and each style, and the number of contexts left as "style/n"."""
     found = contexts(rows)
     result = {}
     for style in STYLES:
