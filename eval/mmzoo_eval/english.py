@@ -76,11 +76,14 @@ wharves>wharf sheaves>sheaf lenses>lens gases>gas buses>bus minibuses>minibus ai
 _NO_PLURAL = frozenset(
     "scissors shears pliers tweezers series species news headquarters innings bison trout salmon tuna swine".split()
 )
-_IN_IE = tuple(
-    "pie tie cookie collie birdie doggie brownie hoodie movie zombie selfie smoothie genie hippie rookie auntie".split()
+_IN_E = frozenset(
+    """
+pie tie cookie collie birdie doggie brownie hoodie movie zombie selfie smoothie genie hippie rookie auntie
+canoe shoe horseshoe snowshoe toe tiptoe mistletoe hoe doe oboe foe
+ache headache toothache stomachache moustache mustache quiche cache niche brioche avalanche axe
+""".split()
 )
-_IN_OE = ("canoe", "shoe", "toe", "hoe", "doe", "oboe", "foe")
-_IN_CHE = ("ache", "moustache", "mustache", "quiche", "cache", "niche", "brioche", "avalanche")
+"""Words whose plural adds nothing but an s, although it looks as if it added more."""
 
 
 def singular(word: str) -> str:
@@ -98,11 +101,11 @@ def singular(word: str) -> str:
     if len(word) < 3 and word != "'s" or not word.endswith("s"):
         return word
     stem = word[:-1]
-    if stem.endswith("ie") and stem not in _IN_IE and len(stem) > 3:
+    if stem in _IN_E:
+        return stem
+    if stem.endswith("ie"):
         return f"{stem[:-2]}y"
-    if stem.endswith(("xe", "che", "she", "sse", "oe")) and not stem.endswith(_IN_OE + _IN_CHE):
-        return stem[:-1]
-    return stem
+    return stem[:-1] if stem.endswith(("xe", "che", "she", "sse", "oe")) else stem
 
 
 _PARTS = {"NN": "n", "JJ": "a", "VB": "v", "RB": "r"}

@@ -206,7 +206,8 @@ def read(path: Path) -> list[Item]:
     if chosen is None:
         splits = ["val2014"]
     wanted = None if chosen is None else set(chosen)
-    truth, media = {}, {}
+    truth: dict[int, set[str]] = {}
+    media: dict[int, str] = {}
     for split in splits:
         names, held = _read_split(path, split, table, wanted)
         media |= names

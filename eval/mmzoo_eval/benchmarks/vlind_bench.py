@@ -6,11 +6,12 @@ counted where b and c passed. In every stage statement 1 is true and statement 2
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmzoo_eval.annotations import read_json, refuse, require, unique
+from mmzoo_eval.annotations import Kinds, read_json, refuse, require, unique
 from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, Verdict, by_name
 
 SOURCE = "klee972/VLind-Bench 9083efe4ff0f5f22c7aab7715a5aae648d0ebd13, eval/score_pipeline.py"
@@ -112,32 +113,40 @@ PRINTED = ("a_pass_ratio", "b_pass_ratio", "c_pass_ratio", "d_pass_ratio_macro",
 """What upstream prints, in this order, in percent."""
 
 
+_Place = tuple[str, int, int | None]
+"""Stage, number of the statement, and image."""
+
+
 def contexts(rows: Sequence[Judged]) -> list[Context]:
-    """What each context came to. A statement without a verdict was not passed."""
-    right: dict[str, dict[tuple[str, int, int | None], bool]] = {}
+    """What each context came to. A statement without a verdict was not passed.
+
+    A context whose rows come several times, as in a resampled set, comes as often.
+    """
+    right: dict[str, dict[_Place, bool]] = {}
     good: dict[str, list[int]] = {}
+    times: Counter[tuple[str, _Place]] = Counter()
     for row in rows:
         place = (row.item.kind, row.item.details["statement"], row.item.details["image"])
         found = right.setdefault(row.item.cluster, {})
         found[place] = row.verdict is not None and row.verdict.score == 1
         good[row.item.cluster] = row.item.details["good_images"]
+        times[row.item.cluster, place] += 1
 
-    def passed(found: Mapping[tuple[str, int, int | None], bool], stage: str, image: int | None = None) -> bool:
+    def passed(found: Mapping[_Place, bool], stage: str, image: int | None = None) -> bool:
         return all(found.get((stage, statement, image), False) for statement in (1, 2))
 
-    return [
-        Context(
-            *(passed(found, stage) for stage in "abc"),
-            {image: passed(found, "d", image) for image in good[name]},
-        )
-        for name, found in right.items()
-    ]
+    result = []
+    for name, found in right.items():
+        stages = [passed(found, stage) for stage in ("a", "b", "c")]
+        context = Context(*stages, d={image: passed(found, "d", image) for image in good[name]})
+        result += [context] * max(times[name, place] for place in found)
+    return result
 
 
 def aggregate(rows: Sequence[Judged]) -> dict[str, float]:
     """Percent as "style/ratio", for all images and each style, and the number of contexts left as "style/n"."""
     found = contexts(rows)
-    result = {}
+    result: dict[str, float] = {}
     for style in STYLES:
         values = staged(found, style)
         result |= {f"{style}/{name}": 100 * values[name] for name in (*PRINTED, "d_pass_ratio_micro")}
@@ -145,7 +154,7 @@ def aggregate(rows: Sequence[Judged]) -> dict[str, float]:
     return result
 
 
-_FIELDS = {
+_FIELDS: dict[str, Kinds] = {
     "concept": str,
     "context_id": (int, str),
     "context": str,
