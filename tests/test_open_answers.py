@@ -93,6 +93,7 @@ def test_msvd_and_msrvtt_read_their_file(tmp_path: Path) -> None:
     [
         ("{", "no JSON"),
         ({"a": 1}, "is dict, not list"),
+        ([{**QA, "id": True}], "entry 0: field 'id' is bool, not int"),
         ([QA, {**QA, "id": "1"}], "entry 1: field 'id' is str, not int"),
         ([{k: v for k, v in QA.items() if k != "answer"}], "entry 0: field 'answer' is missing"),
         (["x"], "entry 0: is str, not dict"),
@@ -220,8 +221,15 @@ def test_no_parser_of_replies_raises(reply: str) -> None:
         assert rating is None or (isinstance(rating[0], str) and isinstance(rating[1], int))
 
 
-def test_deep_replies_are_refused() -> None:
-    for reply in ("{" + "(" * 100_000, "[" * 100_000, "{'pred': 'yes', 'score': '" + "9" * 10_000 + "'}", "-" * 50_000):
+def test_deep_and_endless_replies_are_refused() -> None:
+    endless = "{'pred': 'yes', 'score': 1e999}"
+    for reply in (
+        endless,
+        "{" + "(" * 100_000,
+        "[" * 100_000,
+        "{'pred': 'yes', 'score': '" + "9" * 10_000 + "'}",
+        "-" * 50_000,
+    ):
         assert open_answers.parse_lmms_eval(reply) is None
         assert open_answers.parse_videochatgpt(reply) is None
 

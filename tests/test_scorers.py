@@ -392,6 +392,8 @@ def test_missing_spans_are_counted_and_strict_takes_them_for_nothing(tmp_path: P
         assert scorer.score(fractions, protocol)["mIoU"] == 100
         assert scorer.score(fractions, protocol)["Acc@GQA"] == 50
     assert scorer.score(fractions)["mIoU"] == 0
+    half = scorer.score(gqa(tmp_path, {"v_1": [0, 4]}))
+    assert (half["mIoP"], half["TIoP@0.5"], half["Acc@GQA"]) == (50, 100, 100)
 
 
 @pytest.mark.parametrize(

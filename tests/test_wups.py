@@ -209,6 +209,7 @@ def test_wups_by_hand() -> None:
     wups = partial(next_qa_open.wups, similarity=similarity)
     assert wups("cat", ["dog"], alphas=[0.0]) == 0.8
     assert wups("cat", ["dog"], alphas=[0.9]) == 0.1 * 0.8
+    assert wups("cat", ["dog"], alphas=[0.8]) == 0.8  # not below alpha
     assert wups("a", ["cat"], alphas=[0.9]) == 0  # 0.95 one way, nothing the other way
     assert wups("cat unheard", ["dog"], alphas=[0.0]) == 0.8  # a word like none is skipped
     assert wups("unheard", ["dog"], alphas=[0.0]) == 0

@@ -7,7 +7,7 @@ from math import isfinite, log2
 from pathlib import Path
 from typing import Any
 
-from mmzoo_eval.annotations import Kinds, read_json, refuse
+from mmzoo_eval.annotations import read_json, refuse
 from mmzoo_eval.benchmark import FileScorer, mean
 
 CUTS = (1, 3, 5, 10)
@@ -55,7 +55,7 @@ def score(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str,
     } | {"skipped_queries": float(len(qrels.keys() ^ run.keys()))}
 
 
-def _read(path: Path, number: Kinds) -> dict[str, dict[str, float]]:
+def _read(path: Path, number: Any) -> dict[str, dict[str, float]]:
     queries: dict[str, Any] = read_json(path, dict)
     problems = [f"{path}: query {query} is no mapping" for query, one in queries.items() if not isinstance(one, dict)]
     refuse(problems)

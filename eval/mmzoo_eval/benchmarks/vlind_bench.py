@@ -137,8 +137,8 @@ def contexts(rows: Sequence[Judged]) -> list[Context]:
 
     result = []
     for name, found in right.items():
-        stages = [passed(found, stage) for stage in ("a", "b", "c")]
-        context = Context(*stages, d={image: passed(found, "d", image) for image in good[name]})
+        images = {image: passed(found, "d", image) for image in good[name]}
+        context = Context(passed(found, "a"), passed(found, "b"), passed(found, "c"), images)
         result += [context] * max(times[name, place] for place in found)
     return result
 
