@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from parity_cases import Case, Comparison, run_case
+from parity_cases import Case, Comparison, Skipped, run_case
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(case: Case) -> tuple[Case, list[Comparison], str]:
     try:
         comparisons = run_case(case)
+    except Skipped as reason:
+        print(f"{case.system}/{case.name} is skipped: {reason}.", file=sys.stderr)
+        comparisons = None
     except Exception as error:  # a case that raises is a failed case, and the others must still run
         comparisons = [Comparison(f"{type(error).__name__}: {error}", float("inf"), 0.0, False)]
     if comparisons is None:

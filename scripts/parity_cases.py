@@ -39,6 +39,10 @@ class Comparison(NamedTuple):
     passed: bool
 
 
+class Skipped(Exception):
+    """Raised by a runner that lacks what it needs, with the reason."""
+
+
 class Case:
     """A folder `<system>/<case>/`."""
 
@@ -443,10 +447,12 @@ RUNNERS: dict[tuple[str, str, str], Runner] = {
 def run_case(case: Case) -> list[Comparison] | None:
     """The comparisons of one case; None if no runner knows it."""
     import parity_llava  # which build on this module
+    import parity_open
     import parity_video_ccam
     import parity_visualchat
 
     runners = RUNNERS | parity_llava.RUNNERS | parity_video_ccam.RUNNERS | parity_visualchat.RUNNERS
+    runners |= parity_open.RUNNERS
     for (system, kind, beginning), runner in runners.items():
         if (case.system, case.kind) == (system, kind) and case.name.startswith(beginning):
             return list(runner(case))

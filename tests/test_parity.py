@@ -34,9 +34,15 @@ def verdicts(parity: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> di
     return {f"{one['system']}/{one['case']}": one for one in json.loads(path.read_text())}
 
 
+LACKING = {"eval/chair": "needs synonyms.txt of LisaAnne/Hallucination, which has no licence"}
+"""Cases that are run only where someone put a file that may not be kept here."""
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_mmzoo_reproduces_the_recorded_outputs(case: str, verdicts: dict[str, dict[str, Any]]) -> None:
     verdict = verdicts[case]
+    if case in LACKING and verdict["verdict"] == "skipped":
+        pytest.skip(LACKING[case])
     assert verdict["verdict"] == "pass", [tensor for tensor in verdict["tensors"] if not tensor["passed"]]
     assert verdict["tensors"]
 
@@ -53,6 +59,7 @@ def test_every_case_has_a_verdict_and_no_other(verdicts: dict[str, dict[str, Any
         "video-ccam",
         "video-ccam-definition",
         "longlive",
+        "eval",
     }
     assert {case.split("/")[0] for case in CASES} >= systems
 

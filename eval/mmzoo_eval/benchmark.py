@@ -164,6 +164,41 @@ class Benchmark:
         return self.protocols[name]
 
 
+@dataclass(frozen=True)
+class FileScorer:
+    """What scores files of predictions and asks no model, as in `mmzoo eval score NAME FILES...`.
+
+    Attributes:
+        name: as in the command.
+        title: as papers write it.
+        protocols: names; the first is the default.
+        files: what it takes, in this order: name -> what it holds.
+        compute: (files, protocol) -> metric -> value. Raises DatasetError, with file and field.
+        headline: the metric that is printed first.
+        source: whose rules these are: repository and commit.
+        unit: "percent" or "fraction" or "points", of the headline.
+    """
+
+    name: str
+    title: str
+    protocols: tuple[str, ...]
+    files: Mapping[str, str]
+    compute: Callable[[Sequence[Path], str], dict[str, float]]
+    headline: str
+    source: str
+    unit: Literal["percent", "fraction", "points"] = "percent"
+
+    def score(self, paths: Sequence[str | Path], protocol: str | None = None) -> dict[str, float]:
+        """Metric -> value. Raises InputError for another number of files, or a protocol that there is not."""
+        chosen = self.protocols[0] if protocol is None else protocol
+        if chosen not in self.protocols:
+            raise InputError(f"{self.title} has no protocol {chosen!r}. It has: {', '.join(self.protocols)}.")
+        if len(paths) != len(self.files):
+            wanted = ", ".join(f"{name} ({what})" for name, what in self.files.items())
+            raise InputError(f"{self.title} takes {len(self.files)} files, not {len(paths)}: {wanted}.")
+        return self.compute([Path(path) for path in paths], chosen)
+
+
 def by_name(*protocols: Protocol) -> dict[str, Protocol]:
     """Protocols as a benchmark holds them."""
     return {protocol.name: protocol for protocol in protocols}

@@ -9,9 +9,17 @@ from mmzoo.errors import InputError
 from mmzoo_eval.benchmark import Benchmark
 
 MODULES: dict[str, str] = {
+    "activitynet_qa": "open_answers",
+    "chair": "chair",
+    "msrvtt_qa": "open_answers",
+    "msvd_qa": "open_answers",
+    "next_qa_open": "next_qa_open",
+    "tgif_qa": "open_answers",
+    "tgif_qa_count": "open_answers",
+    "vlind_bench": "vlind_bench",
     "world": "world",
-    "world-reversed": "world",
-    "world-unseen": "world",
+    "world_reversed": "world",
+    "world_unseen": "world",
 }
 """Name -> module of this package that holds it in its BENCHMARKS."""
 

@@ -89,6 +89,6 @@ def _benchmark(name: str, title: str, split: Split, backwards: bool = False) -> 
 
 BENCHMARKS = (
     _benchmark("world", "World", "test"),
-    _benchmark("world-reversed", "World, played backwards", "test", backwards=True),
-    _benchmark("world-unseen", "World, unseen combinations", "unseen"),
+    _benchmark("world_reversed", "World, played backwards", "test", backwards=True),
+    _benchmark("world_unseen", "World, unseen combinations", "unseen"),
 )
