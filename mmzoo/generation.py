@@ -68,8 +68,8 @@ class Generator(ModelMixin, ConfigMixin):
 class Rollout:
     """A clip in the making: iterate over it to get its blocks, uint8 [F, H, W, 3], as they come.
 
-    A family overrides `_block`, `_state` and `_load`. `state_dict` after any block, loaded into a fresh rollout with the
-    same arguments, goes on exactly as the unbroken one.
+    A family overrides `_block`, `_state` and `_load`. A `state_dict` taken after any block, loaded into a fresh rollout
+    with the same arguments, goes on exactly as the unbroken one.
 
     Attributes:
         num_frames: frames in all.

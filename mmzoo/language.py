@@ -97,6 +97,11 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
         self.rule = masks.rule(config.rule, **config.rule_options)
         self.scheme = positions.scheme(config.scheme, **config.scheme_options)
 
+    @classmethod
+    def build(cls, fields: dict[str, Any], dtype: torch.dtype) -> MultimodalLM:
+        """A model with random weights from the fields of its configuration."""
+        return cls._from_config(cls.config_class(**fields), dtype=dtype)
+
     def post_init(self) -> None:
         """transformers' last step of construction; here the backbone gets attention that runs the rule."""
         super().post_init()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mmzoo.errors import InputError, NoPretrainedWeights, UnknownModel
+from mmzoo.errors import InputError, MissingExtra, NoPretrainedWeights, UnknownModel
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ class Entry:
         license: of the weights, as the Hub names it; "unknown" where it was not seen, None without weights.
         sha256: file name -> digest, where known; checked when loading.
         connector_rule: name of the mask inside its connector, where it has one.
+        library: whose model it is: understanding models are of transformers, generators of diffusers.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Entry:
     license: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     connector_rule: str | None = None
+    library: Literal["transformers", "diffusers"] = "transformers"
 
     @property
     def rules(self) -> dict[str, tuple[Rule, ...]]:
@@ -68,6 +71,8 @@ class Entry:
     @property
     def module(self) -> ModuleType:
         """The family's module, imported."""
+        if self.library == "diffusers" and importlib.util.find_spec("diffusers") is None:
+            raise MissingExtra("diffusers", "diffusion", f"The generator {self.name}")
         return importlib.import_module(self.family if "." in self.family else f"mmzoo.models.{self.family}")
 
     @property
@@ -140,11 +145,11 @@ def create(
 
     found = entry(name)
     module = found.module
-    config = module.MODEL.config_class(**{**module.CONFIGS[name], **overrides})
     with torch.device(device):
-        model = module.MODEL._from_config(config, dtype=dtype or torch.float32)
+        model = module.MODEL.build({**module.CONFIGS[name], **overrides}, dtype or torch.float32)
     model.set_attention(attention)
-    model.processor = module.processor(name, config)
+    if found.library == "transformers":
+        model.processor = module.processor(name, model.config)
     return model.eval()
 
 
@@ -203,6 +208,16 @@ def load(
 
 
 def families() -> dict[str, ModuleType]:
-    """model_type of the configuration -> family module, for every registered family."""
-    modules = {found.family: found.module for found in _ENTRIES.values()}
+    """model_type of the configuration -> family module, for every registered family of understanding models."""
+    modules = {found.family: found.module for found in _ENTRIES.values() if found.library == "transformers"}
     return {module.MODEL.config_class.model_type: module for module in modules.values()}
+
+
+def generators() -> dict[str, ModuleType]:
+    """Class name, as diffusers writes it into config.json -> family module, for every registered family of generators.
+
+    Raises:
+        MissingExtra: diffusers is not installed.
+    """
+    modules = {found.family: found.module for found in _ENTRIES.values() if found.library == "diffusers"}
+    return {module.MODEL.__name__: module for module in modules.values()}
