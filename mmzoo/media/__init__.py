@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from mmzoo.media.image import read_image
 from mmzoo.media.sampling import SAMPLING_RULES, sample_indices
-from mmzoo.media.video import Video, read_video, write_video
+from mmzoo.media.video import Video, VideoWriter, read_video, write_video
 
-__all__ = ["SAMPLING_RULES", "Video", "read_image", "read_video", "sample_indices", "write_video"]
+__all__ = ["SAMPLING_RULES", "Video", "VideoWriter", "read_image", "read_video", "sample_indices", "write_video"]

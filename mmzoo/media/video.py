@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -285,10 +286,83 @@ def _without_clock(
     return Video(frames, times, indices, wanted.video_fps, num_total, wanted.sampling, backend, source, tuple(notes))
 
 
-def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: float = 8, crf: int = 18) -> None:
-    """Writes H.264 (yuv420p) under a temporary name and renames it, so that no half-written file is ever found.
+class VideoWriter:
+    """An H.264 file (yuv420p) that is written block by block, under a temporary name until it is whole.
 
-    The same frames give the same file.
+        with VideoWriter("clip.mp4", fps=16) as writer:
+            for block in rollout:
+                writer.write(block)
+
+    The same frames give the same file, however they are cut into blocks. After an error no file is left.
+
+    Args:
+        path: ends in .mp4, .mov or .mkv.
+        fps: frames a second.
+        crf: quality of x264, 0 (best) to 51.
+        growing: write .mp4 or .mov under its own name and in fragments, so that players show what is there already.
+
+    Raises:
+        InputError: another suffix, or numbers outside these ranges.
+        MissingExtra: PyAV is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: float = 8, crf: int = 18, growing: bool = False):
+        self.path, self.fps, self.crf, self.growing = Path(path), fps, crf, growing
+        if self.path.suffix.lower() not in _CONTAINERS:
+            raise InputError(f"Video is written as .mp4, .mov or .mkv, not {self.path.name!r}.")
+        if not 0 < fps < 1e4 or not 0 <= crf <= 51:
+            raise InputError(f"fps lies between 0 and 10000 and crf between 0 and 51; these are {fps!r} and {crf!r}.")
+        self._av = decoders.need("av", "writing a video")
+
+    def __enter__(self) -> VideoWriter:
+        self._files = ExitStack()
+        place = self.path if self.growing else self._files.enter_context(replacing(self.path))
+        kind = _CONTAINERS[self.path.suffix.lower()]
+        options = {"movflags": "frag_every_frame+empty_moov", "flush_packets": "1"} if self.growing else {}
+        container = self._av.open(f"file:{place}", "w", format=kind, options=options)
+        self._container = self._files.enter_context(container)
+        self._stream: Any = None
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Add frames.
+
+        Args:
+            frames: uint8 [T, H, W, 3], RGB, with even height and width, the same in every block.
+
+        Raises:
+            InputError: frames of another kind or size.
+        """
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+            raise InputError(f"A video is written from uint8 [T, H, W, 3], not {frames.dtype} {list(frames.shape)}.")
+        height, width = frames.shape[1:3]
+        if self._stream is None:
+            self._stream = self._begin(height, width)
+        if (self._stream.height, self._stream.width) != (height, width):
+            size = f"{self._stream.width}x{self._stream.height}"
+            raise InputError(f"This video has frames of {size}; these are {width}x{height}.")
+        for frame in frames:
+            self._container.mux(self._stream.encode(self._av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+    def _begin(self, height: int, width: int) -> Any:
+        if height % 2 or width % 2:
+            raise InputError(f"H.264 in yuv420p needs even sizes, not {width}x{height}. Pad or crop by one pixel.")
+        # x264's files depend on the number of threads and, for small frames and with mbtree, differ from call to call.
+        options = {"crf": str(self.crf), "x264-params": "mbtree=0"} | ({"tune": "zerolatency"} if self.growing else {})
+        rate = Fraction(self.fps).limit_denominator(1001)
+        stream = self._container.add_stream("libx264", rate=rate, options=options)
+        stream.codec_context.thread_count = 1
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        return stream
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None and self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._files.__exit__(*error)
+
+
+def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: float = 8, crf: int = 18) -> None:
+    """Writes a whole video, as `VideoWriter` does.
 
     Args:
         frames: uint8 [T, H, W, 3], RGB, with even height and width.
@@ -300,24 +374,5 @@ def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: float = 8
         InputError: frames of another kind, or another suffix.
         MissingExtra: PyAV is not installed.
     """
-    path = Path(path)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-        raise InputError(f"write_video takes uint8 frames [T, H, W, 3], not {frames.dtype} {list(frames.shape)}.")
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise InputError(f"H.264 in yuv420p needs even sizes, not {width}x{height}. Pad or crop by one pixel.")
-    if path.suffix.lower() not in _CONTAINERS:
-        raise InputError(f"write_video writes .mp4, .mov and .mkv, not {path.name!r}.")
-    if not 0 < fps < 1e4 or not 0 <= crf <= 51:
-        raise InputError(f"fps lies between 0 and 10000 and crf between 0 and 51; these are {fps!r} and {crf!r}.")
-    av = decoders.need("av", "writing a video")
-    kind = _CONTAINERS[path.suffix.lower()]
-    with replacing(path) as unfinished, av.open(f"file:{unfinished}", "w", format=kind) as container:
-        # x264's files depend on the number of threads and, for small frames and with mbtree, differ from call to call.
-        options = {"crf": str(crf), "x264-params": "mbtree=0"}
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.codec_context.thread_count = 1
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    with VideoWriter(path, fps, crf) as writer:
+        writer.write(frames)

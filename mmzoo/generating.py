@@ -1,0 +1,118 @@
+"""A clip into a file: shown as it grows, and gone on with after an interrupt.
+
+clip.mp4.parts/000000.npy ...   frames of each block, as they came
+clip.mp4.parts/state.pt         how to go on after the last of them
+clip.growing.mp4                all frames so far, for players that follow it
+clip.mp4                        in the end, and the others are gone
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmzoo.errors import InputError
+from mmzoo.files import replacing
+from mmzoo.generation import Generator, Rollout
+from mmzoo.integrity import weights_sha256
+from mmzoo.media import VideoWriter
+
+
+def generate(
+    model: Generator,
+    path: str | Path,
+    num_frames: int,
+    *,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> Path:
+    """Make a clip and write it; after an interrupt the same call goes on, and the file is the same to the byte.
+
+    Args:
+        model: a generator.
+        path: ends in .mp4, .mov or .mkv.
+        num_frames: frames in all.
+        advance: told the frames done and the frames in all.
+        **options: what the model's `rollout` takes.
+
+    Raises:
+        InputError: the model does not take an option, or another clip was begun under this name.
+    """
+    path = Path(path)
+    VideoWriter(path, model.fps)  # a name that cannot be written is refused before hours of work
+    unknown = options.keys() - inspect.signature(model.rollout).parameters.keys()
+    if unknown:
+        raise InputError(f"{type(model).__name__} does not take {', '.join(sorted(unknown))}.")
+    parts = path.with_name(f"{path.name}.parts")
+    growing = path.with_name(f"{path.stem}.growing.mp4")
+    rollout = model.rollout(num_frames, **options)
+    key = _key(model, num_frames, options)
+    _resume(rollout, parts, key)
+    advance(rollout.done, num_frames)
+    with VideoWriter(growing, model.fps, growing=True) as writer:
+        for block in _blocks(parts):
+            writer.write(block)
+        for block in (block.cpu().numpy() for block in rollout):
+            _keep(parts, rollout, block, key)
+            writer.write(block)
+            advance(rollout.done, num_frames)
+    with VideoWriter(path, model.fps) as writer:
+        for block in _blocks(parts):
+            writer.write(block)
+    growing.unlink()
+    shutil.rmtree(parts)
+    return path
+
+
+def _key(model: Generator, num_frames: int, options: dict[str, Any]) -> str:
+    """What decides a clip."""
+    told = {name: _told(value) for name, value in sorted(options.items())}
+    decided = {"weights": weights_sha256(model.state_dict()), "frames": num_frames, "options": told}
+    return hashlib.sha256(json.dumps(decided, default=str).encode()).hexdigest()
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return hashlib.sha256(np.ascontiguousarray(np.asarray(value)).tobytes()).hexdigest()
+    return value
+
+
+def _resume(rollout: Rollout, parts: Path, key: str) -> None:
+    state = parts / "state.pt"
+    if not state.is_file():
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        return
+    try:
+        saved = torch.load(state, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(f"{state} is damaged: {error}. Remove {parts} to begin anew.") from error
+    if saved.pop("key") != key:
+        raise InputError(
+            f"Another clip was begun under this name, with other weights or options. Remove {parts} to begin anew, or "
+            "take another name."
+        )
+    rollout.load_state_dict(saved)
+    for path in parts.glob("*.npy"):  # a block that was written after the state is made again
+        if int(path.stem) >= rollout.done:
+            path.unlink()
+
+
+def _keep(parts: Path, rollout: Rollout, block: np.ndarray, key: str) -> None:
+    with replacing(parts / f"{rollout.done - len(block):06d}.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, block)
+    with replacing(parts / "state.pt") as temporary:
+        torch.save({"key": key, **rollout.state_dict()}, temporary)
+
+
+def _blocks(parts: Path) -> Iterator[np.ndarray]:
+    yield from (np.load(path) for path in sorted(parts.glob("*.npy")))

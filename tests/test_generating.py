@@ -1,0 +1,118 @@
+"""Clips into files: the same after any interrupt, and to look at while they grow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from mmzoo import masks
+from mmzoo.errors import InputError, UnsupportedMask
+from mmzoo.generating import generate
+from mmzoo.generation import Generator, Rollout
+from mmzoo.media import VideoWriter, read_video, write_video
+
+
+class Drift(Generator):
+    """Each block is the last one, a little brighter or darker by chance."""
+
+    @register_to_config
+    def __init__(self, size: int = 16):
+        super().__init__()
+        self.rule = masks.rule("causal-temporal")
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def rollout(self, num_frames: int, *, seed: int = 0, start: int = 100, break_at: int = -1) -> Rollout:
+        return DriftRollout(self, num_frames, seed, start, break_at)
+
+
+class DriftRollout(Rollout):
+    def __init__(self, model: Drift, num_frames: int, seed: int, start: int, break_at: int):
+        super().__init__(model, num_frames, seed)
+        self.level, self.break_at = torch.tensor(float(start)), break_at
+
+    def _block(self) -> Tensor:
+        if self.done == self.break_at:
+            raise KeyboardInterrupt
+        self.level = self.level + torch.randn((), generator=self.random) * 10
+        return torch.full((3, 16, 16, 3), float(self.level)).clamp(0, 255).to(torch.uint8)
+
+    def _state(self) -> dict[str, Any]:
+        return {"level": self.level}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.level = state["level"]
+
+
+def test_an_interrupted_clip_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = Drift(), []
+    whole = generate(model, tmp_path / "whole.mp4", 20)
+    assert read_video(whole, sampling="all").frames.shape == (20, 16, 16, 3)
+    cut = tmp_path / "cut.mp4"
+    real = DriftRollout._block
+
+    def breaks(self: DriftRollout) -> Tensor:
+        if self.done == 12:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(DriftRollout, "_block", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, cut, 20)
+    assert not cut.exists() and (tmp_path / "cut.mp4.parts" / "state.pt").is_file()
+    (tmp_path / "cut.mp4.parts" / "000012.npy").write_bytes(b"torn")
+    monkeypatch.setattr(DriftRollout, "_block", real)
+    generate(model, cut, 20, advance=lambda done, total: told.append((done, total)))
+    assert cut.read_bytes() == whole.read_bytes()
+    assert told[0] == (12, 20) and told[-1] == (20, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.mp4", "whole.mp4"]
+
+
+def test_another_clip_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    model = Drift()
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, tmp_path / "a.mp4", 20, break_at=6)
+    with pytest.raises(InputError, match="Another clip"):
+        generate(model, tmp_path / "a.mp4", 20, seed=1)
+    (tmp_path / "a.mp4.parts" / "state.pt").write_bytes(b"no state")
+    with pytest.raises(InputError, match="damaged"):
+        generate(model, tmp_path / "a.mp4", 20)
+
+
+def test_wrong_options_are_refused_before_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not take prompt"):
+        generate(Drift(), tmp_path / "a.mp4", 3, prompt="a cat")
+    with pytest.raises(InputError, match=r"\.mp4"):
+        generate(Drift(), tmp_path / "a.gif", 3)
+    with pytest.raises(InputError, match="at least one frame"):
+        generate(Drift(), tmp_path / "b.mp4", 0)
+    with pytest.raises(UnsupportedMask, match="sdpa and eager"):
+        Drift().set_attention("flex_attention")
+    with pytest.raises(InputError, match="prompt"):
+        Drift().rollout(3).switch("a dog")
+    with pytest.raises(InputError, match="state"):
+        Drift().rollout(3).load_state_dict({"done": 5, "random": torch.Generator().get_state()})
+
+
+def test_a_growing_file_can_be_read_before_it_is_finished(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", growing=True) as writer:
+        writer.write(np.concatenate([frames] * 20))
+        assert read_video(tmp_path / "a.mp4", sampling="all", backend="pyav", allow_short=True).num_total >= 60
+    assert read_video(tmp_path / "a.mp4", sampling="all", backend="pyav").num_total == 120
+
+
+def test_blocks_make_the_file_of_the_whole(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+    write_video(frames, tmp_path / "whole.mp4")
+    with VideoWriter(tmp_path / "blocks.mp4") as writer:
+        for block in np.split(frames, [1, 5]):
+            writer.write(block)
+        with pytest.raises(InputError, match="32x32"):
+            writer.write(np.zeros((1, 16, 16, 3), np.uint8))
+    assert (tmp_path / "blocks.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
