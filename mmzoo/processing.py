@@ -73,7 +73,8 @@ class MultimodalProcessor(ProcessorMixin):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> MultimodalProcessor:
         """The processor saved in a folder. Pixels are made by Pillow: torchvision's differ by up to a grey level."""
         processor = super().from_pretrained(folder, **kwargs)
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        remote = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **remote)
         return processor
 
     def image_span(self, pixels: torch.Tensor) -> Span:
