@@ -162,11 +162,6 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "RevisionNotFound")
         return found
 
-    def whoami(self) -> None:
-        if self.token not in (WRITER, READER):
-            return self.refuse(401, "Unauthorized")
-        return self.answer(200, {"type": "user", "name": "org", "auth": {"accessToken": {"role": "write"}}, "orgs": []})
-
     def create_repo(self) -> None:
         if self.token != WRITER:
             return self.refuse(403 if self.token else 401, "Forbidden")
@@ -175,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         url = {"url": f"{self.hub.endpoint}/{name}", "name": name}
         if name in self.hub.repos:
             return self.answer(409, url)
-        self.hub.repos[name] = Repo(private=bool(asked.get("private")))
+        self.hub.repos[name] = Repo(private=bool(asked.get("private")) or asked.get("visibility") == "private")
         self.hub.repos[name].commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return self.answer(200, url)
 
@@ -193,11 +188,6 @@ class Handler(BaseHTTPRequestHandler):
             private = self.hub.repos[name].private
             told = {"_id": name, "id": name, "modelId": name, "sha": found[0], "private": private, "tags": []}
             self.answer(200, {**told, "siblings": siblings})
-
-    def refs(self, name: str) -> None:
-        if (repo := self.repo(name)) is not None:
-            heads = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": oid} for b, oid in repo.branches.items()]
-            self.answer(200, {"branches": heads, "converts": [], "tags": []})
 
     def tree(self, name: str, revision: str) -> None:
         if (found := self.files(name, revision)) is None:
@@ -299,11 +289,9 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
     ("GET HEAD", r"/large/(?P<oid>\w+)", Handler.get_large),
     ("PUT", r"/large/(?P<oid>\w+)", Handler.put_large),
-    ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create_repo),
     ("POST", r"/api/validate-yaml", Handler.validate),
     ("POST", rf"{MODEL}/branch/(?P<branch>.+)", Handler.create_branch),
-    ("GET", rf"{MODEL}/refs", Handler.refs),
     ("GET", MODEL, Handler.info),
     ("GET", rf"{MODEL}/revision/(?P<revision>.+)", Handler.info),
     ("GET", rf"{MODEL}/tree/(?P<revision>[^/]+)", Handler.tree),
