@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -98,9 +99,10 @@ def _check_links(folder: Path) -> None:
         allowed += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
     for path in (*folder.glob("*"), *folder.glob("*/*")):
         read = any(fnmatch(path.name, pattern) for pattern in (*_FILES, "*.bin"))
-        if read and not any(path.resolve().is_relative_to(place) for place in allowed):
+        there = Path(os.path.realpath(path))  # which resolves a circle of links as far as it goes
+        if read and not any(there.is_relative_to(place) for place in allowed):
             raise CheckpointError(
-                f"{path} is a link to {path.resolve()}, which lies outside the checkpoint. Copy the file into it."
+                f"{path} is a link to {there}, which lies outside the checkpoint. Copy the file into it."
             )
 
 
@@ -215,10 +217,10 @@ def _indexed(index: Path, suffix: str) -> list[str]:
         if "metadata" not in described:  # transformers needs it
             raise KeyError("metadata")
         names = sorted(set(described["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}.") from error
     for name in names:
-        if Path(name).name != name or Path(name).suffix != suffix:
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
             raise CheckpointError(f"{index} names {name!r}, which is no file of this checkpoint.")
     return names
 
@@ -260,7 +262,9 @@ def load_from(
     known = families()
     for family in [entry.module] if entry else known.values():
         if hasattr(family, "is_in_parts") and family.is_in_parts(folder):
-            return family.read_parts(folder, entry.name if entry else None, dtype=dtype, **loading)
+            merged = family.read_parts(folder, entry.name if entry else None, dtype=dtype, **loading)
+            merged.name_or_path = place
+            return merged
     described, tensors = read_config(folder), None
     own = known.get(str(described.get("model_type")))
     module = own or _reader(place, described, entry)

@@ -44,7 +44,7 @@ def stage(
     address = f"{hub.HUB}{repo}" + (f"@{revision}" if revision else "")
     facts: dict[str, Any] = {"license": license, "datasets": datasets, "scores": scores}
     if adapter:
-        _stage_adapter(model, folder, address, base, facts)
+        _stage_adapter(model, folder, address, base, facts, reading)
     else:
         if base is not None:
             raise InputError("base is for adapters: a whole model is pushed with its own weights.")
@@ -88,7 +88,9 @@ def describe(
     """
     from mmzoo.registry import _ENTRIES
 
-    family = next(one for one in _ENTRIES.values() if type(model) is one.module.MODEL)
+    family = next((one for one in _ENTRIES.values() if type(model) is one.module.MODEL), None)
+    if family is None:
+        raise InputError(f"{type(model).__name__} is of no registered family. Register an entry for it first.")
     origin = str(model.name_or_path or "")
     source = entry or next((one for one in _ENTRIES.values() if one.weights == origin), None)
     if entry is None:
@@ -114,13 +116,15 @@ def _rules(model: MultimodalLM) -> dict[str, tuple[Any, ...]]:
     return {where: rule if isinstance(rule, tuple) else (rule,) for where, rule in found.items() if rule is not None}
 
 
-def _stage_adapter(model: Any, folder: Path, address: str, base: str | None, facts: Mapping[str, Any]) -> None:
+def _stage_adapter(
+    model: Any, folder: Path, address: str, base: str | None, facts: Mapping[str, Any], reading: Mapping[str, Any]
+) -> None:
     """Weights and configuration of an adapter, its base as the Hub names it, and its card."""
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder)
     elif isinstance(model, (str, Path)):
-        source = hub.locate(str(model))
+        source = hub.locate(str(model), **reading)
         hub.read_adapter(source)
         for name in (hub.ADAPTER, hub.ADAPTER_WEIGHTS):
             shutil.copyfile(source / name, folder / name)

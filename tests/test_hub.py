@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -416,6 +418,29 @@ def test_transformers_loads_every_family_without_remote_code(name: str, tmp_path
         assert torch.equal(logits(again.eval(), processor), logits(model))
 
 
+@pytest.mark.slow
+def test_transformers_loads_a_branch_from_the_hub(server: Hub) -> None:
+    """In a process of its own, since transformers reads the Hub's address when it is imported."""
+    models = {"main": tiny("cca-llava-tiny"), "next": tiny("cca-llava-tiny", seed=1)}
+    models["next"].processor.image_processor.image_mean = [0.25, 0.5, 0.75]
+    for branch, model in models.items():
+        mmzoo.push(model, "org/pushed", revision=None if branch == "main" else branch, **access(server))
+    code = (
+        "import json, mmzoo.hf\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        "from test_hub import logits\n"
+        "place = {'revision': 'next'}\n"
+        "model = AutoModel.from_pretrained('org/pushed', **place).eval()\n"
+        "print(json.dumps(logits(model, AutoProcessor.from_pretrained('org/pushed', **place)).tolist()))\n"
+    )
+    online = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {**os.environ, **online, "HF_HUB_CACHE": constants.HF_HUB_CACHE, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), logits(models["next"]))
+
+
 # Conversion and the command
 
 
@@ -505,6 +530,15 @@ def test_verification_can_be_skipped(copied: Path) -> None:
     assert mmzoo.load(str(copied), verify=False).processor is not None
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_small_file_that_still_reads_is_not_taken_for_the_saved_one(name: str, copied: Path) -> None:
+    described = json.loads((copied / name).read_text())
+    (copied / name).write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=f"{name} is damaged or was changed.*not the file that was saved"):
+        mmzoo.load(str(copied))
+    assert mmzoo.load(str(copied), verify=False).processor is not None
+
+
 def test_a_file_without_digests_among_sealed_ones_is_refused(copied: Path) -> None:
     path = next(iter(copied.glob("*.safetensors")))
     save_file(load_file(path), path, metadata={"format": "pt"})
@@ -540,6 +574,17 @@ def test_what_the_index_or_the_seal_names_is_inside_the_folder(copied: Path, tmp
         mmzoo.load(str(copied))
 
 
+@pytest.mark.parametrize("named", ["../model.safetensors", "/etc/passwd", 3, None, ["a"], {}])
+def test_an_index_names_files_of_the_folder(named: object, copied: Path) -> None:
+    index = copied / "model.safetensors.index.json"
+    described = json.loads(index.read_text())
+    described["weight_map"] = dict.fromkeys(described["weight_map"], named)
+    index.write_text(json.dumps(described))
+    for verify in (True, False):
+        with pytest.raises(CheckpointError):
+            mmzoo.load(str(copied), verify=verify)
+
+
 def test_links_stay_inside_the_folder(copied: Path, tmp_path: Path) -> None:
     path = copied / "tokenizer.json"
     inside = path.rename(copied / "kept.json")
@@ -549,6 +594,10 @@ def test_links_stay_inside_the_folder(copied: Path, tmp_path: Path) -> None:
     path.symlink_to(shutil.move(inside, tmp_path / "outside.json"))
     with pytest.raises(CheckpointError, match="tokenizer.json is a link to .*outside.json"):
         hub.locate(str(copied))
+    path.unlink()
+    path.symlink_to(path.name)
+    with pytest.raises(CheckpointError, match="tokenizer.json"):
+        mmzoo.load(str(copied))
 
 
 # Damage of every kind
@@ -562,7 +611,7 @@ def script(name: str) -> Any:
         sys.path.remove(str(SCRIPTS))
 
 
-@pytest.mark.parametrize("count", [32, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_damaged_checkpoints(count: int) -> None:
     damaged = script("damaged_checkpoints")
     found = damaged.run(count)
