@@ -171,8 +171,11 @@ def code_in_the_configuration(folder: Path, rng: random.Random, other: Path) -> 
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(folder.parent / 'executed')!r})\n")
     name = rng.choice(["config.json", "processor_config.json", "tokenizer_config.json"])
     described = json.loads((folder / name).read_text())
-    kinds = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor", "AutoTokenizer")
-    described["auto_map"] = dict.fromkeys(kinds, "evil.Evil")
+    told = described["image_processor"] if name == "processor_config.json" else described
+    told["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor"), "evil.Evil")
+    told["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+    if rng.random() < 0.5:  # no class of that name exists elsewhere
+        told |= {"image_processor_type": "Evil", "tokenizer_class": "Evil", "processor_class": "Evil"}
     (folder / name).write_text(json.dumps(described))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from typer.testing import CliRunner
 import mmzoo
 from mmzoo import hub, integrity
 from mmzoo.cli import app
-from mmzoo.errors import CheckpointError, HubError, InputError, MmzooError
+from mmzoo.errors import CheckpointError, HubError, InputError
 from mmzoo.language import MultimodalLM
 
 TINY = mmzoo.list_models("*-tiny")
@@ -284,6 +286,9 @@ def test_an_adapter_is_pushed_alone_and_loaded_with_its_base(base: str, server: 
     assert not torch.allclose(logits(again), logits(mmzoo.load(base, **access(server))))
 
     model.save_pretrained(tmp_path / "adapter")
+    described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    described["target_modules"] = described["target_modules"][::-1]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
     mmzoo.push(tmp_path / "adapter", "org/same", adapter=True, datasets=["org/clips"], **access(server))
     assert {**on_hub(server, "org/same"), "README.md": b""} == {**pushed, "README.md": b""}
     mmzoo.push("hf-hub:org/adapter", "org/merged", **access(server))
@@ -394,6 +399,8 @@ def test_the_card_of_a_model_made_from_another(base: str, server: Hub, tmp_path:
     assert repr(causal.rule) in card and repr(causal.connector_rule) in card
     mmzoo.push(mmzoo.load(base, **access(server)), "org/tuned", dry_run=tmp_path / "tuned")
     assert front_matter((tmp_path / "tuned" / "README.md").read_text())["base_model"] == ["org/base"]
+    mmzoo.push(mmzoo.load("aki-nano"), "org/tuned", dry_run=tmp_path / "nano")
+    assert front_matter((tmp_path / "nano" / "README.md").read_text())["license"] == "apache-2.0"
 
 
 # transformers
@@ -600,6 +607,20 @@ def test_links_stay_inside_the_folder(copied: Path, tmp_path: Path) -> None:
         mmzoo.load(str(copied))
 
 
+def test_the_format_is_what_transformers_expects(copied: Path) -> None:
+    integrity._add_metadata(next(iter(copied.glob("*.safetensors"))), {"format": "qt"})
+    with pytest.raises(CheckpointError, match="its format is 'qt'"):
+        mmzoo.load(str(copied))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_code_that_a_configuration_names_is_not_run(seed: int, copied: Path) -> None:
+    script("damaged_checkpoints").code_in_the_configuration(copied, random.Random(seed), copied)
+    with contextlib.suppress(CheckpointError):
+        mmzoo.load(str(copied), verify=False)
+    assert not (copied.parent / "executed").exists()
+
+
 # Damage of every kind
 
 
@@ -629,5 +650,12 @@ def test_damaged_videos(count: int) -> None:
     assert {said for kinds in found.values() for one in kinds.values() for said in one} == set(damaged.GOOD)
 
 
-def test_hub_errors_are_typed() -> None:
-    assert issubclass(HubError, MmzooError)
+def test_the_page_tells_the_counts_of_the_last_run() -> None:
+    root = Path(__file__).parents[1]
+    page, results = (root / "docs" / "hub.md").read_text(), root / "benchmarks" / "results"
+    found = {name: json.loads((results / f"damaged_{name}.json").read_text()) for name in ("checkpoints", "videos")}
+    assert [(one["count"], one["failures"]) for one in found.values()] == [(1000, 0)] * 2
+    for kind, one in found["checkpoints"]["verified"].items():
+        assert f"| {kind} | {one.get('CheckpointError', 0)} | {one.get('identical', 0)} | " in page
+    for kind, one in found["videos"]["outcomes"]["mp4"].items():
+        assert f"| {kind} | {one.get('frames', 0)} | {one.get('VideoReadError', 0)} | " in page
