@@ -181,6 +181,61 @@ def demo(output: OutputFolder = Path("demo_output")) -> None:
         _draw(model, rows[0][1], output, path.stem)
 
 
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="a registered name, a folder, or hf-hub:org/name")],
+    repo: Annotated[str, typer.Argument(help="org/name")],
+    private: Annotated[bool | None, typer.Option(help="whether a new repository is private")] = None,
+    revision: Annotated[str | None, typer.Option(help="a branch, made if it does not exist")] = None,
+    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA adapter alone; MODEL is its folder")] = False,
+    base: Annotated[str | None, typer.Option(help="hf-hub:org/name of an adapter's base model")] = None,
+    license: Annotated[str | None, typer.Option(help="of the weights, as the Hub names it")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="what it was trained on; may be repeated")] = None,
+    eval_results: Annotated[list[Path] | None, typer.Option(help="a file of scores; may be repeated")] = None,
+    dry_run: Annotated[Path | None, typer.Option(help="write what would be uploaded there, and send nothing")] = None,
+) -> None:
+    """Put a model on the Hub, with digests, a card and its scores. Log in first: hf auth login."""
+    with console.status(f"pushing {model}"):
+        where = mmzoo.push(
+            model,
+            repo,
+            private=private,
+            revision=revision,
+            message=message,
+            adapter=adapter,
+            base=base,
+            license=license,
+            datasets=dataset or (),
+            eval_results=eval_results or (),
+            dry_run=dry_run,
+        )
+    console.print(f"written to {where}" if dry_run else f"pushed: {where}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="a folder, hf-hub:org/name, or a registered name")],
+    folder: Annotated[Path, typer.Argument(help="where to write")],
+    name: Annotated[
+        str | None, typer.Option(help="the registered model that it is, where its files fit several")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own")] = None,
+    verify: Annotated[bool, typer.Option(help="check the digests of a checkpoint that holds some")] = True,
+) -> None:
+    """Write a checkpoint of any layout that mmzoo reads in its own, with digests and a card."""
+    import torch
+
+    from mmzoo import hub
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise InputError(f"dtype is {', '.join(dtypes)}, not {dtype!r}.")
+    with console.status(f"converting {source}"):
+        where = hub.convert(source, folder, name, dtype=dtypes[dtype] if dtype else None, verify=verify)
+    console.print(f"written to {where}", soft_wrap=True)
+
+
 app.add_typer(eval_app, name="eval")
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data of one's own.")

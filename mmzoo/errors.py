@@ -55,6 +55,10 @@ class CheckpointError(MmzooError, ValueError):
         super().__init__("\n".join(lines))
 
 
+class HubError(MmzooError, OSError):
+    """A push to the Hub was refused or interrupted."""
+
+
 class MissingExtra(MmzooError, ImportError):
     """An optional package is needed and not installed."""
 

@@ -219,6 +219,31 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
         gathered = tokens.flatten(1, 2).gather(1, number[..., None].expand(-1, -1, tokens.shape[-1]))
         return torch.where(visual[..., None], gathered.to(embeddings.dtype), embeddings)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        max_shard_size: int | str = "5GB",
+        **options: Any,
+    ) -> str:
+        """transformers' name for `mmzoo.push`, which takes the other options; processor and card go with the model."""
+        from mmzoo import hub
+
+        return hub.push(
+            self,
+            repo_id,
+            message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            max_shard_size=max_shard_size,
+            **options,
+        )
+
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.language_model.get_input_embeddings()
 

@@ -24,6 +24,8 @@ from mmzoo.layout import Modality, Role, Span, TokenLayout, batch, splice
 from mmzoo.media import Video, read_image, read_video
 
 IMAGE, VIDEO = "<image>", "<video>"
+ACCESS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
+"""The options of `from_pretrained` that say where files come from."""
 
 
 class Turn(NamedTuple):
@@ -75,7 +77,8 @@ class MultimodalProcessor(ProcessorMixin):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> MultimodalProcessor:
         """The processor saved in a folder. Pixels are made by Pillow: torchvision's differ by up to a grey level."""
         processor = super().from_pretrained(folder, **kwargs)
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        access = {name: kwargs[name] for name in ACCESS if name in kwargs}
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **access)
         return processor
 
     def image_span(self, pixels: torch.Tensor) -> Span:

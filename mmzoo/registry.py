@@ -44,6 +44,8 @@ class Entry:
         sha256: file name -> digest, where known; checked when loading.
         connector_rule: name of the mask inside its connector, where it has one.
         library: whose model it is: understanding models are of transformers, generators of diffusers.
+        base_model: Hub names of the models it was built from, where known.
+        datasets: Hub names of what it was trained on, where known.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Entry:
     sha256: Mapping[str, str] = field(default_factory=dict)
     connector_rule: str | None = None
     library: Literal["transformers", "diffusers"] = "transformers"
+    base_model: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
 
     @property
     def rules(self) -> dict[str, tuple[Rule, ...]]:
@@ -160,6 +164,9 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     attention: str = "sdpa",
+    verify: bool = True,
+    token: str | None = None,
+    endpoint: str | None = None,
     **loading: Any,
 ) -> MultimodalLM:
     """A model with its weights and its `.processor`, in evaluation mode.
@@ -171,6 +178,10 @@ def load(
         device: where it is put.
         dtype: the checkpoint's own if None.
         attention: "sdpa", "eager" or "flex_attention".
+        verify: check the sha256 of every tensor in files that hold them, as those of `mmzoo.push` and
+            `mmzoo.hub.save` do. The files are read once more for it, at the speed of sha256.
+        token: for a private or gated repository; what `hf auth login` stored if None.
+        endpoint: the Hub's address; huggingface_hub's own if None.
         **loading: what transformers' `from_pretrained` takes, such as `device_map="auto"` (then `device` is not used)
             and `quantization_config`.
 
@@ -196,7 +207,7 @@ def load(
             )
     else:
         found, place = next((one for one in _ENTRIES.values() if one.weights == name), None), name
-    model = hub.load_from(place, found, dtype=dtype, **loading)
+    model = hub.load_from(place, found, dtype=dtype, verify=verify, token=token, endpoint=endpoint, **loading)
     if not {"device_map", "quantization_config"} & loading.keys():
         model = model.to(device)
     model.set_attention(attention)

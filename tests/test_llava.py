@@ -201,7 +201,7 @@ def test_a_release_without_a_name_says_which_names_fit(release: Path) -> None:
 
 
 def test_the_place_of_known_weights_is_as_good_as_their_name(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "locate", lambda place: release)
+    monkeypatch.setattr(hub, "locate", lambda place, **access: release)
     assert mmzoo.load("hf-hub:xing0047/cca-llava-1.5-7b").rule.name == "concentric-causal"
     assert mmzoo.load("hf-hub:liuhaotian/llava-v1.5-7b").rule.name == "causal"
 
@@ -281,7 +281,7 @@ def test_older_files_are_downloaded_only_where_there_are_no_others(
 ) -> None:
     asked = []
 
-    def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(repo: str, revision: str | None, allow_patterns: list[str], **access: None) -> str:
         asked.append((repo, revision, "pytorch_model*.bin" in allow_patterns))
         return str(release)
 

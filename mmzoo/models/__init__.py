@@ -3,6 +3,9 @@
 from mmzoo.registry import Entry, register
 
 VIDEO, IMAGE = "video-text-to-text", "image-text-to-text"
+SIGLIP, CLIP, VICUNA = "google/siglip-so400m-patch14-384", "openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"
+PHI_3, PHI_3_MEDIUM, PHI_35 = "microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-medium-4k-instruct", "microsoft/Phi-3.5-mini-instruct"  # fmt: skip  # noqa: E501
+YI, QWEN = "01-ai/Yi-1.5-9B-Chat", "Qwen/Qwen2.5-7B-Instruct"
 _AKI = {"family": "aki", "task": VIDEO, "rule": "modality-mutual", "scheme": "sequential", "paper": "arXiv:2503.02597"}
 _LLAVA = {"family": "llava", "task": IMAGE, "rule": "causal", "scheme": "sequential", "paper": "arXiv:2310.03744"}
 _CCA = {"family": "cca_llava", "task": IMAGE, "rule": "concentric-causal", "scheme": "concentric", "paper": "arXiv:2410.15926"}  # fmt: skip  # noqa: E501
@@ -16,13 +19,13 @@ _VISUALCHAT = {
     "paper": "arXiv:2309.14327",
 }
 
-register(Entry("aki-4b", **_AKI, summary="SigLIP-so400m, Perceiver resampler, Phi-3.5-mini", weights="hf-hub:Sony/AKI-4B-phi-3.5-mini", license="cc-by-nc-4.0"))  # fmt: skip  # noqa: E501
+register(Entry("aki-4b", **_AKI, summary="SigLIP-so400m, Perceiver resampler, Phi-3.5-mini", weights="hf-hub:Sony/AKI-4B-phi-3.5-mini", license="cc-by-nc-4.0", base_model=(SIGLIP, PHI_35), datasets=("Salesforce/blip3-kale", "Salesforce/blip3-ocr-200m")))  # fmt: skip  # noqa: E501
 register(Entry("aki-tiny", **_AKI, summary="AKI's classes at test size, random weights"))
 register(Entry("aki-nano", **_AKI, summary="AKI's classes at 0.3 M parameters, trained in the synthetic world", weights="package:aki-nano", license="apache-2.0", sha256={"model.safetensors": "51a1ce238948df7e7810e26520cd99fc64da44328e282cf4b5962ab97308bd34"}))  # fmt: skip  # noqa: E501
 
-register(Entry("llava-1.5-7b", **_LLAVA, summary="CLIP-L/336, a two-layer projector, Vicuna-7B; the causal baseline", weights="hf-hub:liuhaotian/llava-v1.5-7b", license="llama2"))  # fmt: skip  # noqa: E501
+register(Entry("llava-1.5-7b", **_LLAVA, summary="CLIP-L/336, a two-layer projector, Vicuna-7B; the causal baseline", weights="hf-hub:liuhaotian/llava-v1.5-7b", license="llama2", base_model=(CLIP, VICUNA), datasets=("liuhaotian/LLaVA-Pretrain",)))  # fmt: skip  # noqa: E501
 register(Entry("llava-tiny", **_LLAVA, summary="LLaVA's classes at test size, random weights"))
-register(Entry("cca-llava-7b", **_CCA, summary="LLaVA-1.5 under concentric causal attention", weights="hf-hub:xing0047/cca-llava-1.5-7b", license="llama2"))  # fmt: skip  # noqa: E501
+register(Entry("cca-llava-7b", **_CCA, summary="LLaVA-1.5 under concentric causal attention", weights="hf-hub:xing0047/cca-llava-1.5-7b", license="llama2", base_model=(CLIP, VICUNA), datasets=("liuhaotian/LLaVA-Pretrain",)))  # fmt: skip  # noqa: E501
 register(Entry("cca-llava-tiny", **_CCA, summary="CCA-LLaVA's classes at test size, random weights"))
 register(Entry("cca-nano", **_CCA, summary="CCA-LLaVA's classes at 0.3 M parameters, trained in the synthetic world", weights="package:cca-nano", license="apache-2.0", sha256={"model.safetensors": "8c6872627a9e1df30a216625a80cd6c97a9ad6084ace769142eb154a95d4d0c0"}))  # fmt: skip  # noqa: E501
 register(Entry("tc-llava-7b", **_TC, summary="LLaVA-1.5 on clips, under frame-wise block causal attention; no weights were released"))  # fmt: skip  # noqa: E501
@@ -33,13 +36,13 @@ register(Entry("visualchat-7b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear 
 register(Entry("visualchat-13b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 13B"))
 register(Entry("visualchat-tiny", **_VISUALCHAT, summary="DeepSpeed-VisualChat's classes at test size, random weights"))
 
-register(Entry("video-ccam-4b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-mini-4k", weights="hf-hub:JaronTHU/Video-CCAM-4B", license="mit"))  # fmt: skip  # noqa: E501
-register(Entry("video-ccam-9b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Yi-1.5-9B-Chat", weights="hf-hub:JaronTHU/Video-CCAM-9B", license="mit"))  # fmt: skip  # noqa: E501
-register(Entry("video-ccam-14b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-medium-4k", weights="hf-hub:JaronTHU/Video-CCAM-14B", license="mit"))  # fmt: skip  # noqa: E501
-register(Entry("video-ccam-4b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-mini-4k", weights="hf-hub:JaronTHU/Video-CCAM-4B-v1.1", license="unknown"))  # fmt: skip  # noqa: E501
-register(Entry("video-ccam-9b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Yi-1.5-9B-Chat", weights="hf-hub:JaronTHU/Video-CCAM-9B-v1.1", license="mit"))  # fmt: skip  # noqa: E501
-register(Entry("video-ccam-14b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-medium-4k", weights="hf-hub:JaronTHU/Video-CCAM-14B-v1.1", license="unknown"))  # fmt: skip  # noqa: E501
-register(Entry("video-ccam-4b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3.5-mini", weights="hf-hub:JaronTHU/Video-CCAM-4B-v1.2", license="unknown"))  # fmt: skip  # noqa: E501
-register(Entry("video-ccam-7b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Qwen2.5-7B-Instruct", weights="hf-hub:JaronTHU/Video-CCAM-7B-v1.2", license="apache-2.0"))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-4b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-mini-4k", weights="hf-hub:JaronTHU/Video-CCAM-4B", license="mit", base_model=(SIGLIP, PHI_3)))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-9b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Yi-1.5-9B-Chat", weights="hf-hub:JaronTHU/Video-CCAM-9B", license="mit", base_model=(SIGLIP, YI)))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-14b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-medium-4k", weights="hf-hub:JaronTHU/Video-CCAM-14B", license="mit", base_model=(SIGLIP, PHI_3_MEDIUM)))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-4b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-mini-4k", weights="hf-hub:JaronTHU/Video-CCAM-4B-v1.1", license="unknown", base_model=(SIGLIP, PHI_3)))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-9b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Yi-1.5-9B-Chat", weights="hf-hub:JaronTHU/Video-CCAM-9B-v1.1", license="mit", base_model=(SIGLIP, YI)))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-14b-v1.1", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-medium-4k", weights="hf-hub:JaronTHU/Video-CCAM-14B-v1.1", license="unknown", base_model=(SIGLIP, PHI_3_MEDIUM)))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-4b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3.5-mini", weights="hf-hub:JaronTHU/Video-CCAM-4B-v1.2", license="unknown", base_model=(SIGLIP, PHI_35)))  # fmt: skip  # noqa: E501
+register(Entry("video-ccam-7b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Qwen2.5-7B-Instruct", weights="hf-hub:JaronTHU/Video-CCAM-7B-v1.2", license="apache-2.0", base_model=(SIGLIP, QWEN)))  # fmt: skip  # noqa: E501
 register(Entry("video-ccam-tiny", **_CCAM, summary="Video-CCAM's classes at test size, random weights"))
 register(Entry("video-ccam-nano", **_CCAM, summary="Video-CCAM's classes at 0.3 M parameters, trained in the synthetic world", weights="package:video-ccam-nano", license="apache-2.0", sha256={"model.safetensors": "fc500d45959aca2c29d4334c4ab98dce5bbc0991a94e8ffc5a37b550484a8f74"}))  # fmt: skip  # noqa: E501

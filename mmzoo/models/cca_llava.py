@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from mmzoo.models import llava
-from mmzoo.models.llava import Llava, LlavaConfig, LlavaProcessor, is_release, read_weights
+from mmzoo.models.llava import Llava, LlavaConfig, MmzooLlavaProcessor, is_release, read_weights
 
 __all__ = ["CONFIGS", "MODEL", "PROCESSOR", "is_release", "processor", "read_release", "read_weights"]
 
@@ -34,19 +34,19 @@ class CCALlava(Llava):
     config_class = CCALlavaConfig
 
 
-MODEL, PROCESSOR = CCALlava, LlavaProcessor
+MODEL, PROCESSOR = CCALlava, MmzooLlavaProcessor
 AutoConfig.register(CCALlavaConfig.model_type, CCALlavaConfig, exist_ok=True)
 
 CONFIGS: dict[str, dict[str, Any]] = {"cca-llava-7b": llava.FULL, "cca-llava-tiny": llava.TINY, "cca-nano": llava.NANO}
 
 
-def processor(name: str, config: CCALlavaConfig) -> LlavaProcessor | None:
+def processor(name: str, config: CCALlavaConfig) -> MmzooLlavaProcessor | None:
     """The processor of a model with random weights; None where its tokenizer would have to be downloaded."""
     if name == "cca-llava-7b":
         return None
-    return llava.word_processor(LlavaProcessor, config, num_frames=4 if name == "cca-llava-tiny" else 8)
+    return llava.word_processor(MmzooLlavaProcessor, config, num_frames=4 if name == "cca-llava-tiny" else 8)
 
 
-def read_release(folder: Path, described: dict[str, Any]) -> tuple[LlavaConfig, LlavaProcessor]:
+def read_release(folder: Path, described: dict[str, Any]) -> tuple[LlavaConfig, MmzooLlavaProcessor]:
     """Configuration and processor of the authors' release, as `llava.read_release`."""
-    return llava.read_as(CCALlavaConfig, LlavaProcessor, folder, described)
+    return llava.read_as(CCALlavaConfig, MmzooLlavaProcessor, folder, described)

@@ -113,8 +113,10 @@ def pooled(features: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(squares, side).flatten(2).transpose(1, 2)
 
 
-class LlavaProcessor(MultimodalProcessor):
+class MmzooLlavaProcessor(MultimodalProcessor):
     """Text, images and videos for LLaVA; every frame of a video takes its place as one image.
+
+    transformers' AutoProcessor finds a class by its name alone, and has a LlavaProcessor of its own.
 
     Args:
         patch_size: pixels of a patch's side.
@@ -243,7 +245,7 @@ def llava_image_processor(side: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
-MODEL, PROCESSOR = Llava, LlavaProcessor
+MODEL, PROCESSOR = Llava, MmzooLlavaProcessor
 AutoConfig.register(LlavaConfig.model_type, LlavaConfig, exist_ok=True)
 
 _VICUNA_7B = {
@@ -323,12 +325,12 @@ NANO: dict[str, Any] = {
 CONFIGS: dict[str, dict[str, Any]] = {"llava-1.5-7b": FULL, "llava-tiny": TINY}
 
 
-def processor(name: str, config: LlavaConfig) -> LlavaProcessor | None:
+def processor(name: str, config: LlavaConfig) -> MmzooLlavaProcessor | None:
     """The processor of a model with random weights; None where its tokenizer would have to be downloaded."""
-    return None if name == "llava-1.5-7b" else word_processor(LlavaProcessor, config, num_frames=4)
+    return None if name == "llava-1.5-7b" else word_processor(MmzooLlavaProcessor, config, num_frames=4)
 
 
-def word_processor(kind: type[LlavaProcessor], config: LlavaConfig, num_frames: int) -> LlavaProcessor:
+def word_processor(kind: type[MmzooLlavaProcessor], config: LlavaConfig, num_frames: int) -> MmzooLlavaProcessor:
     """The processor of tiny and nano models: whole words, with Phi-3's markers and no system text."""
     return kind(
         llava_image_processor(config.vision_config.image_size),
@@ -347,7 +349,7 @@ def is_release(described: dict[str, Any]) -> bool:
     return {"mm_vision_tower", "mm_vision_select_layer", "hidden_size"} <= described.keys()
 
 
-def read_release(folder: Path, described: dict[str, Any]) -> tuple[LlavaConfig, LlavaProcessor]:
+def read_release(folder: Path, described: dict[str, Any]) -> tuple[LlavaConfig, MmzooLlavaProcessor]:
     """Configuration and processor of a checkpoint written by LLaVA's code.
 
     The tower's configuration and image processor come from the id or folder that config.json names.
@@ -356,7 +358,7 @@ def read_release(folder: Path, described: dict[str, Any]) -> tuple[LlavaConfig, 
         CheckpointError: config.json asks for what is not built here, or the tower is not there.
         MissingExtra: the tokenizer is a sentencepiece file, and sentencepiece is not installed.
     """
-    return read_as(LlavaConfig, LlavaProcessor, folder, described)
+    return read_as(LlavaConfig, MmzooLlavaProcessor, folder, described)
 
 
 _EXPECTED: dict[str, tuple[Any, ...]] = {
@@ -370,11 +372,11 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
 
 def read_as(
     config_class: type[LlavaConfig],
-    processor_class: type[LlavaProcessor],
+    processor_class: type[MmzooLlavaProcessor],
     folder: Path,
     described: dict[str, Any],
     **options: Any,
-) -> tuple[LlavaConfig, LlavaProcessor]:
+) -> tuple[LlavaConfig, MmzooLlavaProcessor]:
     """`read_release` for a family of the same checkpoints; options go to its processor."""
     for key, known in _EXPECTED.items():
         if described.get(key) not in known:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from mmzoo.layout import Modality, Span, video
 from mmzoo.models import llava
-from mmzoo.models.llava import Llava, LlavaConfig, LlavaProcessor, is_release, read_weights
+from mmzoo.models.llava import Llava, LlavaConfig, MmzooLlavaProcessor, is_release, read_weights
 
 __all__ = ["CONFIGS", "MODEL", "PROCESSOR", "is_release", "processor", "read_release", "read_weights"]
 
@@ -47,7 +47,7 @@ class TCLlava(Llava):
     config_class = TCLlavaConfig
 
 
-class TCLlavaProcessor(LlavaProcessor):
+class TCLlavaProcessor(MmzooLlavaProcessor):
     """LLaVA's processor, for which a clip is one span at one place, frame by frame."""
 
     def spans(self, pixels: Tensor, modality: Modality) -> list[Span]:
@@ -67,11 +67,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def processor(name: str, config: TCLlavaConfig) -> LlavaProcessor | None:
+def processor(name: str, config: TCLlavaConfig) -> MmzooLlavaProcessor | None:
     """The processor of a model with random weights; None where its tokenizer would have to be downloaded."""
     return None if name == "tc-llava-7b" else llava.word_processor(TCLlavaProcessor, config, NUM_FRAMES[name])
 
 
-def read_release(folder: Path, described: dict[str, Any]) -> tuple[LlavaConfig, LlavaProcessor]:
+def read_release(folder: Path, described: dict[str, Any]) -> tuple[LlavaConfig, MmzooLlavaProcessor]:
     """Configuration and processor from a LLaVA checkpoint, where fine-tuning starts; TC-LLaVA has no release."""
     return llava.read_as(TCLlavaConfig, TCLlavaProcessor, folder, described, num_frames=NUM_FRAMES["tc-llava-7b"])
