@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,7 +93,7 @@ def _resume(rollout: Rollout, parts: Path, key: str) -> None:
         return
     try:
         saved = torch.load(state, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # torch raises classes of its own, of pickle and of the standard library
         raise InputError(f"{state} is damaged: {error}. Remove {parts} to begin anew.") from error
     if saved.pop("key") != key:
         raise InputError(

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,8 @@ def read_scores(path: str | Path) -> list[dict[str, Any]]:
 
     Each is {"benchmark", "protocol", "label", "scores": {metric: {"value", "stderr", "n"}}, "date", "dataset_id"}.
     `label` is the protocol as it is printed; `dataset_id`, the benchmark's data set on the Hub, may be left out, and
-    the scores then stand in the card alone. `stderr` and `n` may be left out too.
+    the scores then stand in the card alone. `stderr` and `n` may be left out too, and `date`, for which the file's own
+    is taken. Of the `scores.json` of `mmzoo eval run`, which says its `headline`, that metric is taken alone.
 
     Raises:
         InputError: the file cannot be read, or a field is missing or of another type.
@@ -180,13 +182,18 @@ def read_scores(path: str | Path) -> list[dict[str, Any]]:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"Cannot read the scores {path}: {error}.") from error
+    day = date.fromtimestamp(Path(path).stat().st_mtime).isoformat()
     for one in (found := found if isinstance(found, list) else [found]):
+        if isinstance(one, dict):
+            one.setdefault("date", day)
         for field, kind in _SCORES.items():
             if not isinstance(one, dict) or not isinstance(one.get(field), kind):
                 raise InputError(f"The scores {path} lack the field {field!r}, or it is no {kind.__name__}.")
         for metric, score in one["scores"].items():
             if not isinstance(score, dict) or not isinstance(score.get("value"), (int, float)):
                 raise InputError(f"The scores {path} give no value for {metric!r}.")
+        if one.get("headline") in one["scores"]:
+            one["scores"] = {one["headline"]: one["scores"][one["headline"]]}
     return found
 
 

@@ -152,7 +152,7 @@ def test_unanswered_unreadable_and_failed_are_three_counts(
     found = run(plan(tiny, tmp_path, toy(6, "v")))
     assert found is not None
     assert found["counts"] == {"answered": 2, "unanswered": 1, "unreadable media": 2, "model error": 1}
-    assert found["value"] == pytest.approx(200 / 3)
+    assert found["scores"]["accuracy"]["value"] == pytest.approx(200 / 3)
     assert found["text"].endswith(", 1 unanswered, 2 unreadable media, 1 model error")
     rows = {row["id"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
     assert (rows["q3"]["score"], rows["q3"]["response"]) == (None, None)
@@ -339,6 +339,10 @@ def test_the_command_runs_scores_and_compares(tmp_path: Path) -> None:
     said = call("run", "aki-nano", *common, "-o", str(one))
     assert "World (exact word, 8 frames):" in said and (one / "report.html").is_file()
     call("run", "aki-nano", *common, "--answers", "options", "--shard", "0/1", "-o", str(other))
+    pushed = tmp_path / "pushed"
+    mmzoo.push("aki-nano", "someone/aki", eval_results=[one / "scores.json"], dry_run=pushed)
+    card = (pushed / "README.md").read_text()
+    assert "World (exact word, 8 frames)" in card and "direction" not in card.partition("Measured")[2][:300]
     assert "on 12 items" in call("compare", str(one), str(other))
     assert "World (exact word)" in call("score", "world", str(one / "results.jsonl"))
     assert "exact word" in call("list")

@@ -144,6 +144,7 @@ class Benchmark:
         protocols: by name; the first is the default.
         media: what is shown.
         data: where the annotations are published and how the folder has to look, in one or two sentences.
+        dataset_id: name of the benchmark's data set on the Hub, where it has one.
         make: item -> uint8 frames [T, H, W, 3], for a benchmark whose videos are no files.
     """
 
@@ -153,6 +154,7 @@ class Benchmark:
     protocols: Mapping[str, Protocol]
     media: Literal["video", "image"] = "video"
     data: str = ""
+    dataset_id: str | None = None
     make: Callable[[Item], np.ndarray] | None = None
 
     def protocol(self, name: str | None = None) -> Protocol:

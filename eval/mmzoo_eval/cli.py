@@ -153,7 +153,7 @@ def _run(plan: Run, report: int) -> None:
     if found is None:
         console.print(f"This shard is done; other shards have items left. Responses are in {plan.folder}.")
         return
-    _print_scores(f"{found['label']}: {found['text']}", found["metrics"])
+    _print_scores(f"{found['label']}: {found['text']}", found["scores"])
     told = [str(plan.folder / name) for name in ("results.jsonl", "scores.json")]
     if report:
         with console.status("writing the report"):
@@ -190,7 +190,7 @@ def score(
     answered = {name: row["response"] for name, row in said.items() if row["response"] is not None}
     rows = [judged(items[name], response, chosen) for name, response in answered.items()]
     result = scored(found, chosen, rows)
-    _print_scores(f"{found.title} ({chosen.name}): {result['text']}", result["metrics"])
+    _print_scores(f"{found.title} ({chosen.name}): {result['text']}", result["scores"])
     if len(rows) < len(items):
         console.print(f"{len(items) - len(rows)} of {len(items)} items have no response and were left out.")
 

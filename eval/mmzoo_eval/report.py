@@ -67,7 +67,7 @@ def write(
     page = _PAGE.format(
         title=escape(found["label"]),
         text=escape(found["text"]),
-        metrics="".join(_metric(name, one) for name, one in found["metrics"].items()),
+        metrics="".join(_metric(name, one) for name, one in found["scores"].items()),
         buttons=" ".join(
             f"<button onclick=\"show('{one}')\">{one}</button>" for one in ("all", "right", "wrong", "other")
         ),

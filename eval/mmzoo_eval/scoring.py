@@ -48,10 +48,13 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 def scored(benchmark: Benchmark, protocol: Protocol, results: Sequence[Judged]) -> dict[str, Any]:
     """Every metric with its interval, the counts of states, and the line to print (without the label)."""
     counted = [row for row in results if row.verdict is not None]
-    metrics = bootstrap(counted, protocol.aggregate) if counted else {}
+    estimates = bootstrap(counted, protocol.aggregate) if counted else {}
     counts = {state: sum(row.state == state for row in results) for state in STATES}
-    headline = _headline(protocol, counted, metrics)
+    headline = _headline(protocol, counted, estimates)
     value = "no item was scored" if headline is None else _shown(headline, protocol)
+    metrics = {name: asdict(estimate) for name, estimate in estimates.items()}
+    if headline is not None:
+        metrics[protocol.headline] = {**asdict(headline), "stderr": headline.margin / 1.96, "n": len(counted)}
     others = [
         f"{counts[state]} {state}" for state in STATES if state == UNANSWERED or counts[state] and state != ANSWERED
     ]
@@ -61,11 +64,10 @@ def scored(benchmark: Benchmark, protocol: Protocol, results: Sequence[Judged]) 
         "source": protocol.source,
         "headline": protocol.headline,
         "unit": protocol.unit,
-        "value": headline and headline.value,
-        "margin": headline and headline.margin,
+        "dataset_id": benchmark.dataset_id,
         "n": len(results),
         "counts": counts,
-        "metrics": {name: asdict(estimate) for name, estimate in metrics.items()},
+        "scores": metrics,
         "text": ", ".join([value, *others]),
     }
 
