@@ -182,6 +182,72 @@ def demo(output: OutputFolder = Path("demo_output")) -> None:
 
 
 @app.command()
+def generate(
+    name: Annotated[str, typer.Argument(help="a registered generator, hf-hub:org/name, or a folder")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the clip: .mp4, .mov or .mkv")] = Path("clip.mp4"),
+    num_frames: Annotated[int, typer.Option("--frames", help="frames in all")] = 64,
+    prompt: Annotated[list[str] | None, typer.Option(help="what is to be seen; may be repeated, with --switch")] = None,
+    switch: Annotated[list[float] | None, typer.Option(help="seconds at which the next prompt begins")] = None,
+    image: Annotated[Path | None, typer.Option(help="a picture to go on from")] = None,
+    video: Annotated[Path | None, typer.Option(help="a clip to go on from, whole")] = None,
+    seed: Annotated[int, typer.Option(help="of all noise")] = 0,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; the family's own if left out")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out")] = None,
+) -> None:
+    """Make a clip. After an interrupt the same command goes on where it was; clip.growing.mp4 shows what is there."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mmzoo.generating import generate as make
+    from mmzoo.generation import Generator
+
+    model = _load(name, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    if not isinstance(model, Generator):
+        raise InputError(f"{name} answers questions; `mmzoo list` shows the models that generate.")
+    given = _given_frames(image, video)
+    wanted = {"seed": seed, "steps": steps, "given": given, **_prompts(prompt or [], switch or [], model.fps)}
+    options = {option: value for option, value in wanted.items() if value is not None}
+    parts = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("frames"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*parts, console=console, speed_estimate_period=300) as progress:
+        task = progress.add_task("generating", total=num_frames)
+        path = make(
+            model, out, num_frames, advance=lambda done, total: progress.update(task, completed=done), **options
+        )
+    console.print(f"written: {path}", soft_wrap=True)
+
+
+def _given_frames(image: Path | None, video: Path | None) -> Any:
+    """The frames, uint8 [F, H, W, 3], that a clip goes on from."""
+    import numpy as np
+
+    from mmzoo.media import read_image, read_video
+
+    if image is not None and video is not None:
+        raise InputError("Give --image or --video, not both.")
+    if image is not None:
+        return np.asarray(read_image(image))[None]
+    return read_video(video, sampling="all").frames if video is not None else None
+
+
+def _prompts(prompts: list[str], seconds: list[float], fps: float) -> dict[str, Any]:
+    """One prompt, or several with the frames at which each after the first begins."""
+    if len(seconds) != max(0, len(prompts) - 1):
+        raise InputError(
+            f"{len(prompts)} prompts need {max(0, len(prompts) - 1)} times of --switch, got {len(seconds)}."
+        )
+    if len(prompts) > 1:
+        return {"prompt": prompts, "switches": [round(second * fps) for second in seconds]}
+    return {"prompt": prompts[0]} if prompts else {}
+
+
+@app.command()
 def push(
     model: Annotated[str, typer.Argument(help="a registered name, a folder, or hf-hub:org/name")],
     repo: Annotated[str, typer.Argument(help="org/name")],

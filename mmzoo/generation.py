@@ -1,12 +1,14 @@
 """Generators: diffusers models that make a clip block by block, and the rollout that makes it.
 
-A family of generators holds, as every family, `MODEL`, `CONFIGS`, `is_release` and `read_release`; its entries say
-`library="diffusers"`.
+A family of generators holds, as every family, `MODEL` and `CONFIGS`; its entries say `library="diffusers"`. It also
+gives `example_inputs(model, batch_size)`, what `forward` takes, and `example_options(model)`, options of a `rollout`
+that needs no download.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -34,11 +36,13 @@ class Generator(ModelMixin, ConfigMixin):
     connector_rule: ClassVar[Rule | None] = None
     processor: Any = None
     attention: str = "sdpa"
+    name_or_path: str = ""
 
     @classmethod
     def build(cls, fields: dict[str, Any], dtype: torch.dtype) -> Generator:
         """A model with random weights from the fields of a configuration."""
-        return cls(**fields).to(dtype)
+        model = cls(**fields)
+        return model if dtype == torch.float32 else model.to(dtype)
 
     @property
     def rule_name(self) -> str:
@@ -54,6 +58,17 @@ class Generator(ModelMixin, ConfigMixin):
         if name not in BACKENDS:
             raise UnsupportedMask(name, self.rule_name, "generators run on sdpa and eager", BACKENDS)
         self.attention = name
+
+    def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **options: Any) -> None:
+        """As `mmzoo.hub.save`: with digests, and each file whole or not at all."""
+        from mmzoo import hub
+
+        if is_main_process:
+            hub.save(self, save_directory, **options)
+
+    def write_files(self, folder: str | Path, **options: Any) -> None:
+        """diffusers' own `save_pretrained`."""
+        super().save_pretrained(folder, **options)
 
     def rollout(self, num_frames: int, *, seed: int = 0, **options: Any) -> Rollout:
         """Begin a clip. A family says what else it takes: a prompt, given frames, steps ...

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 HUB, PACKAGE = "hf-hub:", "package:"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "projector/*.bin"]
 _OLDER_FILES = ["pytorch_model*.bin"]  # read as tensors only, never unpickled
-_WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+_WEIGHTS = [
+    f"{stem}{rest}"
+    for stem in ("model", "diffusion_pytorch_model")
+    for rest in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")
+]
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHARD = "5GB"
 
@@ -202,7 +206,7 @@ def _unpickled(path: Path, device: str) -> dict[str, torch.Tensor]:
 
 
 def _shards(folder: Path) -> list[str]:
-    names = ("model.safetensors", "pytorch_model.bin")
+    names = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
     for name in names:
         if (folder / f"{name}.index.json").is_file():
             return _indexed(folder / f"{name}.index.json", Path(name).suffix)
@@ -259,6 +263,8 @@ def load_from(
     if not (folder / "config.json").is_file() and (folder / ADAPTER).is_file():
         reading: dict[str, Any] = {"verify": verify, "token": token, "endpoint": endpoint}
         return _load_adapted(folder, entry, dtype=dtype, **reading, **loading)
+    if (folder / "config.json").is_file() and "_class_name" in (described := read_config(folder)):
+        return _load_generator(place, folder, described, entry, dtype=dtype, verify=verify, **loading)
     known = families()
     for family in [entry.module] if entry else known.values():
         if hasattr(family, "is_in_parts") and family.is_in_parts(folder):
@@ -293,6 +299,41 @@ def load_from(
         )
     model.processor = processor
     model.name_or_path = place  # what peft writes into an adapter as its base
+    return model
+
+
+def _load_generator(
+    place: str,
+    folder: Path,
+    described: Mapping[str, Any],
+    entry: Entry | None,
+    *,
+    dtype: torch.dtype | None,
+    verify: bool,
+    **loading: Any,
+) -> Any:
+    """A generator in diffusers' layout, which names its class."""
+    from mmzoo.registry import generators
+
+    name = str(described["_class_name"])
+    module = entry.module if entry else generators().get(name)
+    if module is None or module.MODEL.__name__ != name:
+        raise CheckpointError(f"{place} is a checkpoint of diffusers' {name}, which is no generator of mmzoo.")
+    check_files(folder, entry.sha256 if entry and place == entry.weights else None, verify=verify)
+    try:
+        model, report = module.MODEL.from_pretrained(
+            folder, torch_dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **loading
+        )
+    except (ValueError, OSError, TypeError) as error:
+        raise CheckpointError(f"Cannot read the generator in {folder}: {type(error).__name__}: {error}") from error
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+        raise CheckpointError(
+            f"The checkpoint {place} does not fit {name}.",
+            missing=report["missing_keys"],
+            unexpected=report["unexpected_keys"],
+            misshapen=[(key, tuple(there), tuple(here)) for key, there, here in report["mismatched_keys"]],
+        )
+    model.name_or_path = place
     return model
 
 
@@ -402,8 +443,8 @@ def save(
     folder: str | Path,
     card: str | None = None,
     *,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: int | str = SHARD,
+    **options: Any,
 ) -> Path:
     """Write model.safetensors, config.json, the processor's files and README.md, each whole or not at all.
 
@@ -414,13 +455,13 @@ def save(
         folder: made if it does not exist; files of the same names are replaced, config.json last, and the weights of
             an earlier save are removed.
         card: text of README.md.
-        state_dict: the weights, where the model itself holds only a part of them.
         max_shard_size: weights above it become several files with an index.
+        **options: of `save_pretrained` of the library that the model is of.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as name:
-        model.save_pretrained(name, state_dict=state_dict, max_shard_size=max_shard_size)
+        model.write_files(name, max_shard_size=max_shard_size, **options)
         if model.processor is not None:
             model.processor.save_pretrained(name)
         integrity.seal(Path(name))

@@ -9,6 +9,7 @@ Shape legend: B batch, L tokens, K layout fields, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -218,6 +219,17 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
         number = (visual.cumsum(1) - 1).clamp(min=0, max=tokens.shape[1] * per_medium - 1)
         gathered = tokens.flatten(1, 2).gather(1, number[..., None].expand(-1, -1, tokens.shape[-1]))
         return torch.where(visual[..., None], gathered.to(embeddings.dtype), embeddings)
+
+    def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **options: Any) -> None:
+        """As `mmzoo.hub.save`: with the processor, with digests, and each file whole or not at all."""
+        from mmzoo import hub
+
+        if is_main_process:
+            hub.save(self, save_directory, **options)
+
+    def write_files(self, folder: str | Path, **options: Any) -> None:
+        """transformers' own `save_pretrained`: configuration and weights alone."""
+        super().save_pretrained(folder, **options)
 
     def push_to_hub(
         self,

@@ -100,8 +100,8 @@ def describe(
         entry = replace(
             source or family,
             summary=f"{type(model).__name__} under {model.rule_name} attention, {size:,} parameters",
-            rule=model.config.rule,
-            scheme=model.config.scheme,
+            rule=getattr(model.config, "rule", family.rule),
+            scheme=getattr(model.config, "scheme", family.scheme),
             license=source.license if source else None,
             base_model=bases,
             datasets=(),

@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from mmzoo import masks
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.generating import generate
-from mmzoo.generation import Generator, Rollout
 from mmzoo.media import VideoWriter, read_video, write_video
-
-
-class Drift(Generator):
-    """Each block is the last one, a little brighter or darker by chance."""
-
-    @register_to_config
-    def __init__(self, size: int = 16):
-        super().__init__()
-        self.rule = masks.rule("causal-temporal")
-        self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def rollout(self, num_frames: int, *, seed: int = 0, start: int = 100, break_at: int = -1) -> Rollout:
-        return DriftRollout(self, num_frames, seed, start, break_at)
-
-
-class DriftRollout(Rollout):
-    def __init__(self, model: Drift, num_frames: int, seed: int, start: int, break_at: int):
-        super().__init__(model, num_frames, seed)
-        self.level, self.break_at = torch.tensor(float(start)), break_at
-
-    def _block(self) -> Tensor:
-        if self.done == self.break_at:
-            raise KeyboardInterrupt
-        self.level = self.level + torch.randn((), generator=self.random) * 10
-        return torch.full((3, 16, 16, 3), float(self.level)).clamp(0, 255).to(torch.uint8)
-
-    def _state(self) -> dict[str, Any]:
-        return {"level": self.level}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self.level = state["level"]
+from tests.drift import Drift, DriftRollout
 
 
 def test_an_interrupted_clip_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, told = Drift(), []
+    model, told = Drift(), list[tuple[int, int]]()
     whole = generate(model, tmp_path / "whole.mp4", 20)
     assert read_video(whole, sampling="all").frames.shape == (20, 16, 16, 3)
     cut = tmp_path / "cut.mp4"
@@ -75,8 +41,13 @@ def test_an_interrupted_clip_goes_on_as_if_nothing_had_been(tmp_path: Path, monk
 
 def test_another_clip_under_the_same_name_is_refused(tmp_path: Path) -> None:
     model = Drift()
+
+    def stop(done: int, total: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        generate(model, tmp_path / "a.mp4", 20, break_at=6)
+        generate(model, tmp_path / "a.mp4", 20, advance=stop)
     with pytest.raises(InputError, match="Another clip"):
         generate(model, tmp_path / "a.mp4", 20, seed=1)
     (tmp_path / "a.mp4.parts" / "state.pt").write_bytes(b"no state")
