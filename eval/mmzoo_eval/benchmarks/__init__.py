@@ -8,7 +8,17 @@ import importlib
 from mmzoo.errors import InputError
 from mmzoo_eval.benchmark import Benchmark
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "mvbench": "mvbench",
+    "video_mme": "video_mme",
+    "mlvu": "mlvu",
+    "next_qa": "next_qa",
+    "egoschema": "egoschema",
+    "perception_test": "perception_test",
+    "videovista": "videovista",
+    "pope": "pope",
+    "mme": "mme",
+}
 """Name -> module of this package that holds it in its BENCHMARKS."""
 
 
