@@ -14,8 +14,9 @@ from parity_cases import Case, Comparison, same_strings
 
 from mmzoo.media import sample_indices
 from mmzoo_eval import statistics
-from mmzoo_eval.benchmark import Item, Judged, judged, lettered
+from mmzoo_eval.benchmark import Judged, judged, lettered
 from mmzoo_eval.benchmarks import benchmark, egoschema, next_qa, pope, video_mme
+from mmzoo_eval.benchmarks import mvbench as mvbench_rules
 from mmzoo_eval.prompts import bracketed
 
 TOLERANCE = 1e-9
@@ -42,18 +43,24 @@ def _score(row: Judged) -> float:
 
 
 class Run:
-    """The items of a case, in the order of its responses, and what each protocol makes of these."""
+    """The items of a case in the order of its responses, and what each protocol makes of these.
 
-    def __init__(self, case: Case, name: str, order: Callable[[Sequence[Item]], list[Item]], said: Sequence[str]):
+    Args:
+        case: with its annotation files.
+        name: of the benchmark.
+        said: the responses, in the order of the expected rows.
+        identify: expected row -> id of its item.
+    """
+
+    def __init__(self, case: Case, name: str, said: Sequence[str], identify: Callable[[dict[str, Any]], str]):
         described = case.json("config.json")
         self.expected = case.json(described["expected"])
         self.rows = self.expected["per_item"]
         known = benchmark(name)
-        items = order(known.read(case.path))
-        if not len(items) == len(said) == len(self.rows):
-            raise ValueError(
-                f"{len(items)} items, {len(said)} responses and {len(self.rows)} expected rows in {case.path}"
-            )
+        by_id = {item.id: item for item in known.read(case.path)}
+        items = [by_id[identify(row)] for row in self.rows]
+        if not len(items) == len({item.id for item in items}) == len(said) == len(by_id):
+            raise ValueError(f"{len(by_id)} items, {len(said)} responses, {len(items)} expected rows, or one row twice")
         self.judged = {
             protocol: [judged(item, one, known.protocol(protocol)) for item, one in zip(items, said)]
             for protocol in described["protocols"]
@@ -66,20 +73,18 @@ class Run:
         return same_strings(f"{protocol} {field}", made, [row[field] for row in self.rows])
 
 
-def _by_id(ids: Sequence[str]) -> Callable[[Sequence[Item]], list[Item]]:
-    def ordered(items: Sequence[Item]) -> list[Item]:
-        known = {item.id: item for item in items}
-        return [known[name] for name in ids]
-
-    return ordered
+def _responses(case: Case, identify: Callable[[dict[str, Any]], str]) -> tuple[list[str], Callable[[Any], str]]:
+    """What was said, in the order of the expected rows, and how rows are identified."""
+    given = {identify(one): one["response"] for one in case.json("predictions.json")}
+    expected = case.json("expected.json")["per_item"]
+    return [given[identify(row)] for row in expected], identify
 
 
 def mvbench(case: Case) -> Iterator[Comparison]:
-    given = case.json("predictions.json")
-    order = _by_id([f"{one['task']}/{one['index']}" for one in given])
-    run = Run(case, "mvbench", order, [one["response"] for one in given])
+    run = Run(case, "mvbench", *_responses(case, lambda row: f"{row['task']}/{row['index']}"))
     right = [bracketed(row.item.answer, row.item.options[row.item.answer]) for row in run.judged["official"]]
     yield same_strings("references", right, [row["gt"] for row in run.rows])
+    yield run.items("official", "official_pred", lambda row: mvbench_rules.with_bracket(row.response))
     for protocol in run.judged:
         if protocol == "lmms_eval":
             yield run.items(protocol, "lmms_eval_score", _score)
@@ -90,9 +95,7 @@ def mvbench(case: Case) -> Iterator[Comparison]:
 
 
 def videomme(case: Case) -> Iterator[Comparison]:
-    given = case.json("predictions.json")
-    order = _by_id([one["question_id"] for one in given])
-    run = Run(case, "video_mme", order, [one["response"] for one in given])
+    run = Run(case, "video_mme", *_responses(case, lambda row: row["question_id"]))
     for protocol in run.judged:
         yield run.items(protocol, f"{protocol}_extract", lambda row: _letter(row) or "")
     yield run.items("lmms_eval", "lmms_eval_score", _score)
@@ -105,14 +108,15 @@ def videomme(case: Case) -> Iterator[Comparison]:
     asked = [[row.item.id, list(row.item.details["options"]), row.response] for row in run.judged["official"]]
     yield same_strings("results template", asked, [[x["question_id"], x["options"], x["response"]] for x in template])
     paired = run.expected["paired_ttest"]
-    result = statistics.paired_t_test(list(map(_score, run.judged["lmms_eval"])), paired["baseline_scores"])
-    yield numbers("paired_ttest", result._asdict(), paired["result"])
+    made = statistics.paired(list(map(_score, run.judged["lmms_eval"])), paired["baseline_scores"])
+    names = {"mean_diff": "difference", "se_diff": "stderr_clustered", "ci_lower": "low", "ci_upper": "high"}
+    names |= {"t_stat": "t", "p_value": "p", "n": "n"}  # without clusters, the clustered error is the plain one
+    result = {name: getattr(made, ours) for name, ours in names.items()}
+    yield numbers("paired_ttest", result, paired["result"])
 
 
 def mlvu(case: Case) -> Iterator[Comparison]:
-    given = case.json("predictions.json")
-    order = _by_id([f"{one['task']}/{one['index']}" for one in given])
-    run = Run(case, "mlvu", order, [one["response"] for one in given])
+    run = Run(case, "mlvu", *_responses(case, lambda row: f"{row['task']}/{row['index']}"))
     for protocol in run.judged:
         if protocol == "lmms_eval":
             yield run.items(protocol, "lmms_eval_extract", lambda row: _letter(row) or "")
@@ -122,8 +126,7 @@ def mlvu(case: Case) -> Iterator[Comparison]:
 
 
 def nextqa(case: Case) -> Iterator[Comparison]:
-    given = case.json("predictions.json")
-    run = Run(case, "next_qa", _by_id([one["id"] for one in given]), [one["response"] for one in given])
+    run = Run(case, "next_qa", *_responses(case, lambda row: row["id"]))
     yield run.items("lmms_eval", "lmms_eval_parsed", _letter)
     yield run.items("lmms_eval", "lmms_eval_random_draw", lambda row: row.verdict.parsed is None)
     results = {
@@ -138,8 +141,7 @@ def nextqa(case: Case) -> Iterator[Comparison]:
 
 
 def ego(case: Case) -> Iterator[Comparison]:
-    given = case.json("predictions.json")
-    run = Run(case, "egoschema", _by_id([one["q_uid"] for one in given]), [one["response"] for one in given])
+    run = Run(case, "egoschema", *_responses(case, lambda row: row["q_uid"]))
     yield run.items("lmms_eval", "lmms_eval_index", lambda row: row.verdict.parsed)
     yield run.items("lmms_eval", "lmms_eval_random_draw", lambda row: row.verdict.parsed is None)
     rows = run.judged["lmms_eval"]
@@ -149,9 +151,7 @@ def ego(case: Case) -> Iterator[Comparison]:
 
 
 def perception(case: Case) -> Iterator[Comparison]:
-    given = case.json("predictions.json")
-    order = _by_id([f"{one['video']}/{one['id']}" for one in given])
-    run = Run(case, "perception_test", order, [one["response"] for one in given])
+    run = Run(case, "perception_test", *_responses(case, lambda row: f"{row['video']}/{row['id']}"))
     read = {
         "lmms_eval_pred": lambda row: -1 if row.verdict.parsed is None else row.verdict.parsed,
         "correct": _score,
@@ -166,9 +166,7 @@ def perception(case: Case) -> Iterator[Comparison]:
 
 
 def videovista(case: Case) -> Iterator[Comparison]:
-    given = case.json("predictions.json")
-    order = _by_id([str(one["index"]) for one in given])
-    run = Run(case, "videovista", order, [one["response"] for one in given])
+    run = Run(case, "videovista", *_responses(case, lambda row: str(row["index"])))
     yield run.items("video_ccam", "Type", lambda row: row.item.kind)
     yield run.items("video_ccam", "video_ccam", lambda row: bool(_score(row)))
     yield same_strings("aggregate", run.sums["video_ccam"], run.expected["aggregate"]["video_ccam"])
@@ -177,14 +175,10 @@ def videovista(case: Case) -> Iterator[Comparison]:
 def yes_no(case: Case) -> Iterator[Comparison]:
     lines = (case.path / "answers.jsonl").read_text(encoding="utf-8").split("\n")
     given = [json.loads(line)["answer"] for line in lines if line.strip()]
-    run = Run(case, "pope", list, given)
+    run = Run(case, "pope", given, lambda row: f"coco_pope_random/{row['question_id']}")
     yield run.items("official", "official_pred", lambda row: pope.no_among_words(row.response))
     yield run.items("lmms_eval", "lmms_eval_score", _score)
-    yield same_strings(
-        "lmms_eval lmms_eval_pred",
-        [row.verdict.parsed for row in run.judged["lmms_eval"] if row.verdict and row.verdict.parsed],
-        [row["lmms_eval_pred"] for row in run.rows if row["lmms_eval_pred"] in ("yes", "no")],
-    )
+    yield run.items("lmms_eval", "lmms_eval_pred", lambda row: row.verdict.parsed or row.response.lower().strip())
     yield run.items("vlmevalkit", "vlmevalkit_extract", lambda row: (row.verdict.parsed or "unknown").capitalize())
     for protocol, recorded in (
         *(("official", "official"), ("lmms_eval", "lmms_eval")),
@@ -194,9 +188,7 @@ def yes_no(case: Case) -> Iterator[Comparison]:
 
 
 def mme(case: Case) -> Iterator[Comparison]:
-    run = Run(case, "mme", list, case.json("predictions.json"))
-    yield run.items("lmms_eval", "question_id", lambda row: row.item.media)
-    yield run.items("lmms_eval", "answer", lambda row: row.item.answer.capitalize())
+    run = Run(case, "mme", case.json("predictions.json"), lambda row: f"{row['question_id']}/{row['answer']}")
     yield run.items("lmms_eval", "parsed", lambda row: row.verdict.parsed or "other")
     yield run.items("lmms_eval", "score", _score)
     aggregate = run.expected["aggregate"]

@@ -1,164 +1,88 @@
-"""Annotation files as they are published -> items. What is wrong is a DatasetError with file, row and field."""
+"""Reading annotation files: what cannot be used is a DatasetError that names file, entry and field."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmzoo.errors import DatasetError, MissingExtra
-from mmzoo_eval.benchmark import Item
+from mmzoo.errors import DatasetError
+
+Kinds = type | tuple[type, ...]
 
 
-class _Wrong(Exception):
-    """One field of one row."""
+def read_text(path: Path) -> str:
+    """The text of a file. Raises DatasetError if there is none, or if it is no UTF-8."""
+    try:
+        # Windows' editors put a mark in front; line ends stay as they are, since some formats hold others in strings.
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError("An annotation file cannot be read:", [f"{path}: {error}"]) from error
 
 
-class Row:
-    """One row of an annotation file. Its methods give a field, or say which file, row and field is wrong."""
-
-    def __init__(self, place: str, values: Any):
-        self.place = place
-        if not isinstance(values, Mapping):
-            raise _Wrong(f"{place}: an object with fields belongs here, not {_short(values)}")
-        self.values: Mapping[str, Any] = values
-
-    def wrong(self, field: str, what: str) -> _Wrong:
-        return _Wrong(f"{self.place}, field {field!r}: {what}")
-
-    def get(self, field: str) -> Any:
-        if self.values.get(field) is None:
-            raise self.wrong(field, "missing")
-        return self.values[field]
-
-    def text(self, field: str) -> str:
-        """A text; a number is written out."""
-        value = self.get(field)
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise self.wrong(field, f"a text belongs here, not {_short(value)}")
-        return str(value)
-
-    def texts(self, field: str) -> tuple[str, ...]:
-        value = self.get(field)
-        if isinstance(value, str) or not hasattr(value, "__iter__") or not (many := list(value)):
-            raise self.wrong(field, f"a list of texts belongs here, not {_short(value)}")
-        return tuple(Row(self.place, {f"{field}[{i}]": one}).text(f"{field}[{i}]") for i, one in enumerate(many))
-
-    def index(self, field: str, among: Sequence[Any]) -> int:
-        """A number that counts something from 0; digits as a text, as CSV files have them, are one too."""
-        value = self.get(field)
-        value = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(among):
-            raise self.wrong(field, f"a whole number from 0 to {len(among) - 1} belongs here, not {_short(value)}")
-        return value
-
-    def seconds(self, field: str) -> float:
-        value = self.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.wrong(field, f"a number of seconds belongs here, not {_short(value)}")
-        return float(value)
-
-    def among(self, field: str, known: Iterable[str]) -> str:
-        value, known = self.text(field), list(known)
-        if value not in known:
-            raise self.wrong(field, f"{_short(value)} is none of {', '.join(known)}")
-        return value
+def read_json(path: Path, kind: Kinds = (list, dict)) -> Any:
+    """The JSON value in a file, of one of those types. Raises DatasetError."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DatasetError("An annotation file is no JSON:", [f"{path}: {error}"]) from error
+    if not isinstance(value, kind):
+        raise DatasetError("An annotation file holds something else:", [f"{path}: {_is_not(value, kind)}"])
+    return value
 
 
-def _short(value: Any) -> str:
-    written = repr(value)
-    return written if len(written) <= 60 else f"{written[:57]}..."
+def read_table(path: Path, fields: Iterable[str], delimiter: str = ",") -> list[dict[str, str]]:
+    """The rows of a table with a header that holds those fields. Raises DatasetError."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path)), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise DatasetError("An annotation file is no table:", [f"{path}: {error}"]) from error
+    require(path, enumerate(rows, 2), dict.fromkeys(fields, str), "line")
+    if not rows:
+        raise DatasetError("An annotation file holds no rows:", [str(path)])
+    return rows
 
 
-def items(rows: Iterable[tuple[str, Any]], item: Callable[[Row], Item]) -> list[Item]:
-    """An item of every row (its place, what stands there). Raises DatasetError with every row that gives none."""
-    made: dict[str, Item] = {}
+def require(path: Path, entries: Iterable[tuple[Any, Any]], fields: Mapping[str, Kinds], called: str = "entry") -> None:
+    """Check that every entry is a mapping with those fields of those types.
+
+    Args:
+        path: of the file, for the message.
+        entries: (number or key, entry).
+        fields: name -> type or types.
+        called: what an entry is in the file.
+
+    Raises DatasetError that lists file, entry and field.
+    """
     problems = []
-    for place, values in rows:
-        try:
-            one = item(Row(place, values))
-        except _Wrong as wrong:
-            problems.append(str(wrong))
+    for key, entry in entries:
+        if not isinstance(entry, Mapping):
+            problems.append(f"{path}: {called} {key}: {_is_not(entry, dict)}")
             continue
-        if one.id in made:
-            problems.append(f"{place}: another row has the id {one.id!r} too")
-        made[one.id] = one
+        for name, kind in fields.items():
+            if name not in entry:
+                problems.append(f"{path}: {called} {key}: field {name!r} is missing")
+            elif not isinstance(entry[name], kind) or (isinstance(entry[name], bool) and kind is not bool):
+                problems.append(f"{path}: {called} {key}: field {name!r} {_is_not(entry[name], kind)}")
+    refuse(problems)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise DatasetError if there are problems, each with file, entry and field."""
     if problems:
-        raise DatasetError(f"{len(problems)} rows of annotations cannot be used:", problems)
-    if not made:
-        raise DatasetError("There are no annotations:", ["the files hold no rows"])
-    return list(made.values())
+        raise DatasetError("An annotation file is not as it is published:", problems)
 
 
-def the_file(path: Path, *patterns: str) -> Path:
-    """The path itself, or the one file in the folder that fits the first pattern that any file fits."""
-    if path.is_file():
-        return path
-    for pattern in patterns:
-        found = sorted(path.glob(pattern))
-        if len(found) > 1:
-            raise DatasetError(
-                f"{path} holds several files of annotations. Name one of them:", [str(one) for one in found]
-            )
-        if found:
-            return found[0]
-    raise DatasetError(f"{path} is no file, and no folder of annotations:", [f"no {one} there" for one in patterns])
+def _is_not(value: Any, kind: Kinds) -> str:
+    wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+    return f"is {type(value).__name__}, not {wanted}"
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatasetError("An annotation file cannot be read:", [f"{path}: {error}"]) from error
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON list."""
-    content = read_json(path)
-    if not isinstance(content, list):
-        raise DatasetError("An annotation file cannot be read:", [f"{path}: a list of rows belongs here"])
-    yield from ((f"{path}, row {i}", row) for i, row in enumerate(content))
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file with a JSON object a line; only a line feed ends a line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise DatasetError("An annotation file cannot be read:", [f"{path}: {error}"]) from error
-    for i, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DatasetError("An annotation file cannot be read:", [f"{path}, line {i}: {error}"]) from error
-            yield f"{path}, line {i}", row
-
-
-def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a CSV file with a header."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DatasetError("An annotation file cannot be read:", [f"{path}: {error}"]) from error
-    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-
-
-def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON list or, as the Hub has them, of a parquet file, of which only these columns are read."""
-    if path.suffix != ".parquet":
-        yield from json_rows(path)
-        return
-    try:
-        from pyarrow import ArrowException, parquet  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise MissingExtra("pyarrow", "datasets", "Reading annotations from a parquet file") from error
-    try:
-        rows = parquet.read_table(path, columns=list(columns)).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise DatasetError("An annotation file cannot be read:", [f"{path}: {error}"]) from error
-    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+def unique(path: Path, keys: Iterable[Any], field: str) -> None:
+    """Raise DatasetError if a key comes twice."""
+    seen: set[Any] = set()
+    twice = sorted({str(key) for key in keys if key in seen or seen.add(key)})  # type: ignore[func-returns-value]
+    refuse([f"{path}: {field} {key} comes twice" for key in twice])

@@ -1,8 +1,8 @@
 """The VQA normaliser: punctuation, number words, articles, contractions.
 
-After VQAEval in LAVIS (BSD-3), with VLMEvalKit's variant. Its oddities are kept, since scores depend on them: a flag stands
-where a count belongs, so at most 32 periods are removed, and in the "loose" variant a mistyped pattern removes a period
-after a digit too.
+After VQAEval in LAVIS (BSD-3), with VLMEvalKit's variant. Its oddities are kept, since scores depend on them: a flag
+stands where a count belongs, so at most 32 periods are removed, and in the "loose" variant a mistyped pattern removes a
+period after a digit too.
 """
 
 from __future__ import annotations

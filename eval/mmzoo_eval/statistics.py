@@ -1,98 +1,144 @@
-"""Standard errors, intervals, and the comparison of two runs on the same items."""
+"""Intervals and comparisons: standard errors that know about clusters, bootstrap, paired tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import atan, cos, inf, pi, sin, sqrt
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-Z_95 = 1.959963984540054
+import numpy as np
 
+from mmzoo.errors import InputError, MissingExtra
 
-class Paired(NamedTuple):
-    """The difference of two runs, with its 95 % interval and the two-sided p value of a paired t-test."""
+if TYPE_CHECKING:
+    from mmzoo_eval.benchmark import Judged
 
-    mean_diff: float
-    se_diff: float
-    ci_lower: float
-    ci_upper: float
-    t_stat: float
-    p_value: float
-    n: int
+DRAWS, SEED = 500, 0
 
 
-def standard_error(scores: Sequence[float]) -> float:
-    """Of the mean, by the central limit theorem; nan of fewer than two scores."""
-    n = len(scores)
-    if n < 2:
-        return float("nan")
-    centre = sum(scores) / n
-    return sqrt(sum((score - centre) ** 2 for score in scores) / (n - 1) / n)
+@dataclass(frozen=True)
+class Estimate:
+    """A value with a 95 % interval, in the value's unit; infinite or nan where nothing can be said."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def margin(self) -> float:
+        """Half the interval's width."""
+        return (self.high - self.low) / 2
 
 
-def clustered_standard_error(scores: Sequence[float], clusters: Sequence[str]) -> float:
-    """Of the mean where items of a cluster, such as questions on one video, depend on each other.
+def standard_error(scores: Sequence[float], clusters: Sequence[Hashable] = ()) -> float:
+    """Standard error of the mean: by the central limit theorem, or clustered (arXiv:2411.00640, equation 4).
 
-    Equation 4 of arXiv 2411.00640: with a cluster for each item it is `standard_error`.
+    Args:
+        scores: one an item.
+        clusters: one an item, equal for items that are not independent; none if all are.
+
+    Returns:
+        nan for fewer than two items.
     """
-    n = len(scores)
-    if n < 2:
-        return float("nan")
-    centre = sum(scores) / n
-    groups: dict[str, list[float]] = {}
-    for score, cluster in zip(scores, clusters, strict=True):
-        groups.setdefault(cluster, []).append(score - centre)
-    together = sum(sum(group) ** 2 - sum(one**2 for one in group) for group in groups.values())
-    # Clusters that pull against each other may take more away than there is.
-    return sqrt(max(0.0, standard_error(scores) ** 2 + together / n**2))
+    values = np.asarray(scores, dtype=float)
+    count = len(values)
+    if count < 2:
+        return math.nan
+    deviations = values - values.mean()
+    variance = (deviations**2).sum() / (count - 1) / count
+    if len(clusters):
+        places = np.unique(np.asarray([str(one) for one in clusters]), return_inverse=True)[1]
+        sums, squares = np.bincount(places, deviations), np.bincount(places, deviations**2)
+        variance += (sums**2 - squares).sum() / count**2
+    return math.sqrt(max(variance, 0.0))
 
 
-def wilson(right: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """The interval of a proportion, which stays inside 0 and 1 and does not vanish there; nan of nothing."""
-    if n == 0:
-        return float("nan"), float("nan")
-    share = right / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson(right: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson for a share of independent items."""
+    share, z = right / count, 1.96
+    middle, width = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return (middle - width) / (1 + z**2 / count), (middle + width) / (1 + z**2 / count)
 
 
-def paired_t_test(scores: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Compare two runs on the same items, in the same order; nan of fewer than two items."""
-    differences = [one - other for one, other in zip(scores, baseline, strict=True)]
-    n = len(differences)
-    if n < 2:
-        nothing = float("nan")
-        return Paired(nothing, nothing, nothing, nothing, nothing, nothing, n)
-    centre, error = sum(differences) / n, standard_error(differences)
-    if error == 0:
-        t = 0.0 if centre == 0 else inf * centre
-        return Paired(centre, error, centre, centre, t, 1.0 if centre == 0 else 0.0, n)
-    t, half = centre / error, _t_quantile(0.95, n - 1) * error
-    return Paired(centre, error, centre - half, centre + half, t, max(0.0, 1 - _t_between(abs(t), n - 1)), n)
+def interval(scores: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float]:
+    """The 95 % interval of a mean: Wilson's for independent scores of 0 and 1, else by the clustered standard error."""
+    if len(set(clusters)) == len(clusters) and set(scores) <= {0, 1}:
+        return wilson(sum(scores), len(scores))
+    mean, margin = sum(scores) / len(scores), 1.96 * standard_error(scores, clusters)
+    return mean - margin, mean + margin
 
 
-def _t_between(t: float, degrees: int) -> float:
-    """P(-t < T < t) of Student's t with a whole number of degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = atan(t / sqrt(degrees))
-    square = cos(angle) ** 2
-    term = total = 1.0 if degrees % 2 == 0 else cos(angle)
-    for i in range(1 + degrees % 2, degrees - 2, 2):
-        term *= square * i / (i + 1)
-        total += term
-    if degrees % 2 == 0:
-        return sin(angle) * total
-    return 2 / pi * (angle + (sin(angle) * total if degrees > 1 else 0.0))
+def bootstrap(
+    rows: Sequence[Judged], aggregate: Callable[[Sequence[Judged]], Mapping[str, float]], draws: int = DRAWS
+) -> dict[str, Estimate]:
+    """Every metric with its 95 % percentile interval over resampled clusters; the draws are the same every time.
+
+    A draw in which a metric is not defined, for instance because a kind of question is missing, is left out for it.
+    """
+    groups: dict[str, list[Judged]] = {}
+    for row in rows:
+        groups.setdefault(row.item.cluster or row.item.id, []).append(row)
+    whole, drawn = aggregate(rows), {}
+    generator, clusters = np.random.default_rng(SEED), list(groups.values())
+    for _ in range(draws if rows else 0):
+        chosen = [row for i in generator.integers(0, len(clusters), len(clusters)) for row in clusters[i]]
+        try:
+            metrics = aggregate(chosen)
+        except (ZeroDivisionError, KeyError):  # as some protocols do where a group is empty
+            continue
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and not math.isnan(value):
+                drawn.setdefault(name, []).append(value)
+    ends = {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in drawn.items()}
+    return {name: Estimate(value, *ends.get(name, (math.nan, math.nan))) for name, value in whole.items()}
 
 
-def _t_quantile(inside: float, degrees: int) -> float:
-    """The t with P(-t < T < t) = inside, by bisection."""
-    low, high = 0.0, 1.0
-    while _t_between(high, degrees) < inside:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if _t_between(middle, degrees) < inside else (low, middle)
-    return high
+@dataclass(frozen=True)
+class Paired:
+    """One run against another on the same items.
+
+    Attributes:
+        n: items that both have a score for.
+        difference: mean of the first minus mean of the second, in fractions.
+        low: end of its 95 % interval, from Student's t.
+        high: the other end.
+        t: statistic of the paired test.
+        p: two-sided.
+        better: items on which the first scores higher.
+        worse: items on which it scores lower.
+        stderr_clustered: standard error of the difference, clustered.
+    """
+
+    n: int
+    difference: float
+    low: float
+    high: float
+    t: float
+    p: float
+    better: int
+    worse: int
+    stderr_clustered: float
+
+
+def paired(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] = ()) -> Paired:
+    """The paired t-test of two runs, as lmms-eval compares with a baseline.
+
+    Raises:
+        InputError: fewer than two items.
+        MissingExtra: scipy is not installed.
+    """
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise MissingExtra("scipy", "eval", "Comparing two runs") from error
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    count = len(differences)
+    if count < 2:
+        raise InputError(f"Two runs can be compared on two items or more that both answered; there are {count}.")
+    mean, stderr = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(count))
+    t = mean / stderr if stderr else math.copysign(math.inf, mean) if mean else 0.0
+    p = float(2 * stats.t.sf(abs(t), count - 1)) if stderr else float(mean == 0)
+    margin = float(stats.t.ppf(0.975, count - 1)) * stderr
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    return Paired(count, mean, mean - margin, mean + margin, t, p, better, worse, standard_error(differences, clusters))

@@ -1,7 +1,6 @@
 r"""Subtitles of a video, and which of them stand beside the frames that are shown.
 
-A prompt that quotes them can be written only once the frames are known, so it reads the item's details: whoever asks
-calls `shown(item, video)` first.
+A prompt that quotes them can be written only once the frames are known, so it is given `shown(item, video)`.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from mmzoo.errors import DatasetError, InputError
-from mmzoo.media import sample_indices
+from mmzoo.errors import InputError
+from mmzoo.media import Video, sample_indices
+from mmzoo_eval.annotations import read_text
 from mmzoo_eval.benchmark import Item, Prompt
 
 
@@ -33,18 +33,13 @@ class Shown(NamedTuple):
     fps: float
 
 
-class _Video(Protocol):
-    indices: list[int]
-    num_total: int
-    fps: float | None
+def shown(item: Item, video: Video | None) -> Item:
+    """The item with what its prompt may have to know of the video that was read.
 
-
-def shown(item: Item, video: _Video) -> Item:
-    """The item with what its prompt may need to know of the video, a `mmzoo.media.Video`, in its details."""
-    if not video.fps:
-        return item
-    seen = Shown(tuple(index / video.fps for index in video.indices), video.num_total, video.fps)
-    return replace(item, details={**item.details, "shown": seen})
+    None stands for a video that was not read yet: the prompt then quotes all subtitles. So it is no prompt to ask with,
+    but holds all that can decide one together with the video and the choice of frames, as a digest of it needs.
+    """
+    return replace(item, details={**item.details, "shown": video})
 
 
 def subtitled(
@@ -52,7 +47,7 @@ def subtitled(
 ) -> Callable[[Item], Prompt]:
     """A prompt with subtitles, which are chosen by what is shown; None where the video has no subtitle file.
 
-    Raises InputError for an item whose video was not read yet or has no clock, and DatasetError for an unreadable file.
+    Raises InputError for an item without `shown` and for a video without a rate, DatasetError for an unreadable file.
     """
 
     def with_subtitles(item: Item) -> Prompt:
@@ -61,16 +56,23 @@ def subtitled(
             return prompt(item, None)
         if "shown" not in item.details:
             raise InputError(
-                f"Which subtitles of {item.media} are quoted depends on the frames that are shown, with their times. "
-                "Read the video first and give the item to mmzoo_eval.subtitles.shown."
+                f"Which subtitles of {item.media} are quoted depends on the frames that are shown. Read the video, and "
+                "give the item to mmzoo_eval.subtitles.shown."
             )
-        try:
-            content = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise DatasetError("Subtitles cannot be read:", [f"{path}: {error}"]) from error
-        return prompt(item, choose(read_srt(content), item.details["shown"]))
+        cues, video = read_srt(read_text(Path(path))), item.details["shown"]
+        return prompt(item, _all(cues) if video is None else choose(cues, _seen(video)))
 
     return with_subtitles
+
+
+def _all(cues: Iterable[Cue]) -> str:
+    return "\n".join(cue.text for cue in cues)
+
+
+def _seen(video: Video) -> Shown:
+    if not video.fps:
+        raise InputError(f"{video.source} has no frame rate, so which of its subtitles stand beside frames is unknown.")
+    return Shown(tuple(index / video.fps for index in video.indices), video.num_total, video.fps)
 
 
 def read_srt(content: str) -> list[Cue]:

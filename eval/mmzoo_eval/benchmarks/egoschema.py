@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmzoo.errors import DatasetError
 from mmzoo.files import replacing
 from mmzoo_eval.aggregates import accuracy
-from mmzoo_eval.annotations import Row, items, json_rows, read_json, the_file
+from mmzoo_eval.annotations import read_json
 from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, by_name
 from mmzoo_eval.parsing import by_letter, first_named
 from mmzoo_eval.prompts import LETTER_ONLY, dotted
+from mmzoo_eval.rows import Row, items, json_rows, the_file
 
 
 def read(path: Path) -> list[Item]:
@@ -24,9 +24,7 @@ def read(path: Path) -> list[Item]:
     """
     file = the_file(path, "questions.json")
     public = file.parent / "subset_answers.json"
-    answers = read_json(public) if public.is_file() else {}
-    if not isinstance(answers, dict):
-        raise DatasetError("An annotation file cannot be read:", [f"{public}: {{q_uid: index}} belongs here"])
+    answers = read_json(public, dict) if public.is_file() else {}
     return items(json_rows(file), partial(_item, answers, public))
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from mmzoo.errors import DatasetError
 from mmzoo_eval.aggregates import accuracy, per_kind
-from mmzoo_eval.annotations import Row, items, json_rows
 from mmzoo_eval.benchmark import Benchmark, Frames, Item, Judged, Prompt, Protocol, Verdict, by_kind, by_name, mean
 from mmzoo_eval.parsing import PREFIXES, Judge, before_bracket, by_letter, by_option, by_priority, without_prefixes
 from mmzoo_eval.prompts import LETTER_ONLY, bracketed, question_block
+from mmzoo_eval.rows import Row, items, json_rows
 
 TASKS = {
     "1_plotQA": "plotQA",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmzoo_eval.annotations import Row, items, table_rows, the_file
 from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, Verdict, by_kind, by_name, mean, scores
 from mmzoo_eval.prompts import ONE_WORD
+from mmzoo_eval.rows import Row, items, table_rows, the_file
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
@@ -58,7 +58,11 @@ def _points(rows: Sequence[Judged]) -> float:
     images: dict[str, list[Judged]] = {}
     for row in rows:
         images.setdefault(row.item.cluster, []).append(row)
-    return mean([mean(right, 100) + 100 * (len(right) == 2 and all(right)) for right in map(scores, images.values())])
+    points: list[float] = []
+    for right in map(scores, images.values()):
+        value = mean(right, 100) + 100 * (len(right) > 1 and all(right))
+        points += [value] * max(1, len(right) // 2)  # an image counts as often as it was drawn, in a resampled set
+    return mean(points)
 
 
 def _summed(rows: Sequence[Judged]) -> dict[str, float]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from mmzoo.errors import DatasetError
 from mmzoo_eval.aggregates import accuracy, per_kind
-from mmzoo_eval.annotations import Row, items, json_rows
 from mmzoo_eval.benchmark import Benchmark, Frames, Item, Judged, Prompt, Protocol, Verdict, by_name, mean
 from mmzoo_eval.parsing import by_letter, by_option, mvbench_letter, two_way, without_prefixes
 from mmzoo_eval.prompts import LETTER_ONLY, bracketed, question_block
+from mmzoo_eval.rows import Row, items, json_rows
 
 FOLDERS = {
     "action_sequence": "star/Charades_v1_480",
@@ -46,7 +46,9 @@ LMMS_EVAL_FOLDERS = {
 }
 """Where lmms-eval takes copies instead, which are cut where the others have a bound. In details: "lmms_eval_media"."""
 
-BOUNDED = {"star/Charades_v1_480", "sta/sta_video", "tvqa/frames_fps3_hq"}
+FRAME_FOLDER, FRAME_FOLDER_FPS = "tvqa/frames_fps3_hq", 3.0
+
+BOUNDED = {"star/Charades_v1_480", "sta/sta_video", FRAME_FOLDER}
 """Folders whose videos are shown from `start` to `end` only."""
 
 SYSTEM = (
@@ -86,7 +88,8 @@ def _item(row: Row) -> Item:
         kind=task,
         cluster=f"{folder}/{video}",
         bound=(row.seconds("start"), row.seconds("end")) if folder in BOUNDED else None,
-        details={"lmms_eval_media": f"{LMMS_EVAL_FOLDERS.get(folder, folder)}/{video}"},
+        details={"lmms_eval_media": f"{LMMS_EVAL_FOLDERS.get(folder, folder)}/{video}"}
+        | ({"video_fps": FRAME_FOLDER_FPS} if folder == FRAME_FOLDER else {}),
     )
 
 
@@ -109,9 +112,14 @@ def _video_ccam_prompt(item: Item) -> Prompt:
     return Prompt(f"{question_block(item.question, item.options)}\n{LETTER_ONLY}")
 
 
+def with_bracket(said: str) -> str:
+    """The first line after the "(" that the answer was started with, as the notebook reads it."""
+    return "(" + said.strip().split("\n")[0]
+
+
 def _after_the_start(said: str, reference: str) -> bool:
-    """The notebook puts the "(" back that the answer was started with, so an empty answer is right."""
-    return two_way("(" + said.strip().split("\n")[0], reference)
+    """The notebook's test. An empty answer is right, since "(" is part of "(a)"."""
+    return two_way(with_bracket(said), reference)
 
 
 def _quoted(said: str, reference: str) -> bool:

@@ -6,20 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmzoo_eval.aggregates import accuracy
-from mmzoo_eval.annotations import Row, csv_rows, items, the_file
 from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, by_name
 from mmzoo_eval.parsing import by_letter, last_named
 from mmzoo_eval.prompts import dotted
+from mmzoo_eval.rows import Row, csv_rows, items, the_file
 
 TYPES = {"CW": "Why", "CH": "How", "TN": "Bef&Aft", "TC": "When", "DC": "Cnt", "DL": "Loc", "DO": "Other"}
 """Type of a question -> its name in the official table. TP, before and after too, is counted as TN."""
 
 GROUPS = {"Acc_C": ("CW", "CH"), "Acc_T": ("TN", "TC"), "Acc_D": ("DC", "DL", "DO")}
 
+FIELDS = ("video", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4")
+
 
 def read(path: Path) -> list[Item]:
     """The items of `val.csv` or `test.csv`, or of the one CSV file in a folder."""
-    return items(csv_rows(the_file(path, "*.csv")), _item)
+    return items(csv_rows(the_file(path, "*.csv"), FIELDS), _item)
 
 
 def _item(row: Row) -> Item:

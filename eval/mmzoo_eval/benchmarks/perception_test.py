@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmzoo.errors import DatasetError
 from mmzoo_eval.aggregates import accuracy, per_detail
-from mmzoo_eval.annotations import Row, items, read_json, the_file
+from mmzoo_eval.annotations import read_json
 from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, by_name
 from mmzoo_eval.parsing import by_letter, stand_alone_capital
 from mmzoo_eval.prompts import LETTER_ONLY, dotted
+from mmzoo_eval.rows import Row, items, the_file
 
 _FRAMES = range(10**9)
 
@@ -26,19 +26,12 @@ def read(path: Path) -> list[Item]:
     file = the_file(path, "mc_question*.json")
     cuts: dict[str, Any] = {}
     for mapping in sorted(file.parent.glob("cut_frame_mapping*.json")):
-        cuts |= _object(mapping)
+        cuts |= read_json(mapping, dict)
     return items(_rows(file), partial(_item, cuts))
 
 
-def _object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DatasetError("An annotation file cannot be read:", [f"{path}: an object by video belongs here"])
-    return content
-
-
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    for video, content in _object(file).items():
+    for video, content in read_json(file, dict).items():
         questions = content.get("mc_question") if isinstance(content, dict) else None
         if not isinstance(questions, list):
             yield f"{file}, video {video}", {}  # which lacks the first field that is asked for

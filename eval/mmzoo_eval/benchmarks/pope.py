@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mmzoo.errors import DatasetError
-from mmzoo_eval.annotations import Row, items, json_lines
 from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, Verdict, by_kind, by_name
 from mmzoo_eval.normalise import without_punctuation
 from mmzoo_eval.prompts import ONE_WORD
+from mmzoo_eval.rows import Row, items, json_lines
 
 
 def read(path: Path) -> list[Item]:
@@ -79,9 +79,9 @@ def _official_judge(item: Item, response: str) -> Verdict:
     return Verdict(float(word == item.answer), word if response.strip() else None)
 
 
-def _pairs(rows: Sequence[Judged], read_word: Callable[[str], str | None]) -> list[tuple[str | None, str]]:
-    """(what was read, what is right); the words are read again, since a verdict calls an empty response unanswered."""
-    return [(read_word(row.response or ""), row.item.answer) for row in rows]
+def _pairs(rows: Sequence[Judged], unread: str | None = None) -> list[tuple[str | None, str]]:
+    """(what was read, what is right), with what a response counts as from which nothing was read."""
+    return [(row.verdict.parsed or unread, row.item.answer) for row in rows if row.verdict is not None]
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -102,13 +102,13 @@ def _rates(pairs: Sequence[tuple[str | None, str]], negative: Sequence[str | Non
 
 def _official(rows: Sequence[Judged]) -> dict[str, float]:
     """Fractions; yes_ratio is the share of yes among what was said."""
-    pairs = _pairs(rows, no_among_words)
+    pairs = _pairs(rows, "yes")
     return _rates(pairs) | {"yes_ratio": _ratio(sum(said == "yes" for said, _ in pairs), len(pairs))}
 
 
 def _lmms_eval(rows: Sequence[Judged]) -> dict[str, float]:
     """Fractions. What is neither yes nor no is wrong, and no false negative. Upstream's yes_ratio counts the labels."""
-    pairs = _pairs(rows, exactly)
+    pairs = _pairs(rows)
     values = _rates(pairs)
     labels = _ratio(sum(right == "yes" for _, right in pairs), len(pairs))
     kept = {name: values[name] for name in ("precision", "recall", "f1")}
@@ -117,7 +117,7 @@ def _lmms_eval(rows: Sequence[Judged]) -> dict[str, float]:
 
 def _vlmevalkit(rows: Sequence[Judged]) -> dict[str, float]:
     """Percent. What is neither yes nor no is wrong, and not yes."""
-    values = _rates(_pairs(rows, one_of_both), ("no", None))
+    values = _rates(_pairs(rows), ("no", None))
     return {name: 100 * values[name] for name in ("acc", "precision", "recall", "f1")}
 
 

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from mmzoo_eval.aggregates import accuracy, per_detail, per_kind
-from mmzoo_eval.annotations import Row, items, table_rows, the_file
 from mmzoo_eval.benchmark import Benchmark, Frames, Item, Judged, Prompt, Protocol, Verdict, by_name, lettered, scores
 from mmzoo_eval.parsing import Judge, by_letter, by_priority, first_capital
 from mmzoo_eval.prompts import LETTER_ONLY
-from mmzoo_eval.statistics import clustered_standard_error, standard_error
+from mmzoo_eval.rows import Row, items, table_rows, the_file
+from mmzoo_eval.statistics import standard_error
 from mmzoo_eval.subtitles import each_once, in_font_tags, one_a_frame, subtitled
 
 DURATIONS = ("short", "medium", "long")
@@ -144,7 +144,7 @@ def _lmms_eval(rows: Sequence[Judged]) -> dict[str, float]:
     counted, clusters = scores(rows), [row.item.cluster for row in rows]
     errors = {
         "stderr_clt": standard_error(counted),
-        "stderr_clustered_by_videoID": clustered_standard_error(counted, clusters),
+        "stderr_clustered_by_videoID": standard_error(counted, clusters),
     }
     return _micro(rows) | errors
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mmzoo_eval.aggregates import accuracy, per_kind
-from mmzoo_eval.annotations import Row, items, json_rows, the_file
 from mmzoo_eval.benchmark import Benchmark, Frames, Item, Judged, Prompt, Protocol, by_name
 from mmzoo_eval.parsing import by_option, without_prefixes
 from mmzoo_eval.prompts import LETTER_ONLY, bracketed
+from mmzoo_eval.rows import Row, items, json_rows, the_file
 
 UNDERSTANDING = (
     *("Objects Existence", "Objects Count", "Action Count", "Detailed Description", "Brief Description"),
