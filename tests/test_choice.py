@@ -25,8 +25,11 @@ from mmzoo_eval.parsing import (
     PREFIXES,
     before_bracket,
     by_priority,
+    first_capital,
     first_named,
     last_named,
+    mvbench_letter,
+    stand_alone_capital,
     two_way,
     without_prefixes,
 )
@@ -476,12 +479,12 @@ def test_what_the_lenient_rules_call_right_counts_as_unanswered_where_nothing_is
 
 
 def test_periods_matter_in_one_direction_only() -> None:
-    assert two_way("(b.)", "(B) x") and not two_way("(b).x", "(B).y x")
+    assert two_way("(b.)", "(B) x") and not two_way("x(.b)", "(B) x")
     assert two_way("x(b)", "(B) x") and two_way("(b)...", "(B) x")
 
 
 def test_a_word_is_quoted_for_a_number() -> None:
-    item = Item("x", "?", 1, ("2", "3", "Dogs."))
+    item = Item("x", "?", 1, ("2", "3.", "Dogs."))
     for right, said, score in ((1, "there are three", 1.0), (1, "there are thirteen", 0.0), (2, "some dogs!", 1.0)):
         (row,) = verdicts("mvbench", "vlmevalkit_mp4", [Item("x", "?", right, item.options)], [said])
         assert row.verdict is not None and row.verdict.score == score, said
@@ -493,6 +496,16 @@ def test_an_answer_is_its_first_word() -> None:
     assert not without_prefixes("", "(B) x")
     assert not without_prefixes("Because B", "(B) x")
     assert without_prefixes("Answer is B", "(B) x") and not without_prefixes("Answer is B", "(B) x", PREFIXES[:2])
+
+
+def test_letters_of_the_other_rules() -> None:
+    assert mvbench_letter("b.dog") == "B" and mvbench_letter("so ('b')") == "B"
+    assert mvbench_letter("b-x-\ny") is None and mvbench_letter("b-x-y") == "B"
+    assert stand_alone_capital("D or A") == "D" and stand_alone_capital("xD d") is None
+    assert first_capital("Final Answer: C", video_mme.V2_PHRASES, "ABCDEFGH") == "C"
+    assert first_capital("Best option: C", video_mme.OFFICIAL_PHRASES) == "B"
+    (row,) = verdicts("video_mme", "videomme_v2", [Item("x", "?", 4, tuple("vwxyz"))], ["E"])
+    assert row.verdict == (1.0, 4)
 
 
 @pytest.mark.parametrize(
@@ -508,6 +521,8 @@ def test_an_answer_is_its_first_word() -> None:
         ("no B) yes C it is", "B"),
         ("yes B ok and C it is", "C"),
         ("xAx xBx", "B"),
+        ("say (A) or B.\n", "B"),
+        ("yes (C) or xB", "C"),
         ("a b c d", None),
         ("答案是C吗", "C"),
         (" \t", None),
@@ -522,6 +537,7 @@ def test_next_qa_takes_the_last_and_egoschema_the_first() -> None:
     assert (last_named("(B) or (D)", options), first_named("(B) or (D)", options)) == ("D", "B")
     assert (last_named("B or (D)", options), first_named("(D) or B", options)) == ("D", "D")
     assert last_named("no D or B yes", options) == "B"
+    assert last_named("B xD", options) == last_named("B.x D.x", options) == last_named("B A.;", options) == "B"
     assert (last_named("D. or B.", options), first_named("D. or B", options)) == ("B", "D")  # the last is stripped
     sentence = "they all SIT DOWN before they Jump"
     assert last_named(sentence, options) == "D" and last_named("they sit down jump", options) is None

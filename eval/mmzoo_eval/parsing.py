@@ -81,10 +81,9 @@ def without_prefixes(said: str, reference: str, prefixes: Iterable[str] = PREFIX
 
 def first_capital(said: str, phrases: Iterable[str], letters: str = "ABCD") -> str | None:
     """The first of these capitals once the phrases are deleted, inside words too: Video-MME's script, VLMEvalKit."""
-    text = said.strip()
     for phrase in phrases:
-        text = text.replace(phrase, "")
-    return next((character for character in text if character in letters), None)
+        said = said.replace(phrase, "")
+    return next((character for character in said if character in letters), None)
 
 
 def _padded(said: str, stripped: str) -> str:
