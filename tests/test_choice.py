@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mmzoo.errors import DatasetError, InputError, MissingExtra
 from mmzoo.media import SAMPLING_RULES, Video
 from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, judged
-from mmzoo_eval.benchmarks import benchmark, egoschema, mlvu, mvbench, next_qa, video_mme
+from mmzoo_eval.benchmarks import benchmark, egoschema, mlvu, mme, mvbench, next_qa, pope, video_mme
 from mmzoo_eval.parsing import (
     PREFIXES,
     before_bracket,
@@ -34,7 +34,7 @@ from mmzoo_eval.parsing import (
     without_prefixes,
 )
 from mmzoo_eval.prompts import bracketed, question_block
-from mmzoo_eval.subtitles import Cue, each_once, one_a_frame, read_srt, shown
+from mmzoo_eval.subtitles import Cue, Shown, each_once, in_font_tags, one_a_frame, read_srt, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data" / "parity" / "eval"
@@ -209,6 +209,7 @@ def test_mvbench_has_a_folder_for_each_task_and_a_bound_for_some(tmp_path: Path)
     assert (item.id, item.media, item.answer) == ("episodic_reasoning/0", "tvqa/frames_fps3_hq/v.mp4", 1)
     assert item.details == {"lmms_eval_media": "tvqa/video_fps3_hq_segment/v.mp4", "video_fps": 3.0}
     assert items["character_order"].details == {"lmms_eval_media": "perception/videos/v.mp4"}
+    assert items["fine_grained_pose"].details["lmms_eval_media"] == "nturgbd_convert/v.mp4"
     (alone,) = mvbench.read(tmp_path / "json" / "state_change.json")
     assert alone == items["state_change"]
 
@@ -484,7 +485,7 @@ def test_periods_matter_in_one_direction_only() -> None:
 
 
 def test_a_word_is_quoted_for_a_number() -> None:
-    item = Item("x", "?", 1, ("2", "3.", "Dogs."))
+    item = Item("x", "?", 1, ("2", "3.", "Dogs. "))
     for right, said, score in ((1, "there are three", 1.0), (1, "there are thirteen", 0.0), (2, "some dogs!", 1.0)):
         (row,) = verdicts("mvbench", "vlmevalkit_mp4", [Item("x", "?", right, item.options)], [said])
         assert row.verdict is not None and row.verdict.score == score, said
@@ -545,6 +546,29 @@ def test_next_qa_takes_the_last_and_egoschema_the_first() -> None:
     assert first_named("so they all do a. run far away", options) == "A"
 
 
+def test_yes_and_no() -> None:
+    assert [pope.no_among_words(said) for said in ("No, sir", "NO", "", "Sure. No")] == ["no", "yes", "yes", "yes"]
+    assert pope.one_of_both("1. " * 40 + "no.") == "no" and pope.one_of_both("no, yes") is None
+    assert [mme.yes_or_no(said) for said in ("y.", "N", "x", "n.o.", "I say no", "")] == [
+        *("yes", "no", None, "no", None, None)
+    ]
+    items = benchmark("pope").read(DATA / "pope")[:2]
+    rows = verdicts("pope", "official", items, ["", "No"])
+    assert [row.state for row in rows] == ["unanswered", "answered"]
+    assert benchmark("pope").protocol("official").aggregate(rows)["yes_ratio"] == 0.5
+
+
+def test_perception_test_sums_up_by_each_tag() -> None:
+    items = benchmark("perception_test").read(DATA / "perceptiontest")
+    sums = (
+        benchmark("perception_test")
+        .protocol()
+        .aggregate(verdicts("perception_test", "lmms_eval", items, ["ABC"[item.answer] for item in items]))
+    )
+    tags = {tag for item in items for tag in item.details["tag"]}
+    assert len(tags) > 1 and {f"tag/{tag}" for tag in tags} <= {name for name, value in sums.items() if value == 1}
+
+
 def test_mlvu_takes_what_stands_before_a_bracket() -> None:
     assert [before_bracket(said) for said in ("B) x", ") x", "(C) x (D)", "B", "", "B ")] == [
         "B",
@@ -591,6 +615,9 @@ def test_mlvu_averages_differ() -> None:
     }
     assert values["official"]["Avg"] == 50 and values["video_ccam"]["Avg_micro_as_upstream"] == 75
     assert values["lmms_eval"]["m_avg"] == pytest.approx(100 / 7)
+    said = ["The answer is A", "Answer is A"]
+    rows = verdicts("mlvu", "video_ccam", items[:2], said)
+    assert [row.verdict for row in rows] == [(1.0, 0), (0.0, None)]
 
 
 def test_next_qa_counts_before_and_after_together() -> None:
@@ -665,7 +692,14 @@ def test_subtitles_stand_where_frames_are() -> None:
     assert one_a_frame(cues, [1.5, 2, 2.5, 3.5]) == "one\none\ntwo lines"
     assert one_a_frame(cues, [4.5, 6.5, 7.5, 9]) == "two lines"
     assert each_once(cues, [1.5, 2, 4.5]) == "one\ntwo lines\nhidden by the one before"
-    assert each_once(cues, [0, 2.5, 7.5]) == ""
+    assert each_once(cues, [1]) == each_once(cues, [2]) == "one" and each_once(cues, [0, 2.5, 7.5]) == ""
+
+
+def test_lmms_eval_quotes_what_font_tags_hold_at_32_frames_once() -> None:
+    said = [(0, "<font>here</font> not"), (1, "no"), (2, "<font a='b'>here</font>"), (3.15, "<font>x</font>"), (7, "")]
+    cues = [Cue(start, start + 0.1, text) for start, text in said]
+    assert in_font_tags(cues, Shown((0.0,), 320, 32.0)) == "here\nx"
+    assert in_font_tags(cues, Shown((0.0,), 320, 32.0), 2) == "here"
 
 
 def clip(indices: list[int], fps: float | None, num_total: int) -> Video:
