@@ -696,8 +696,8 @@ def test_subtitles_stand_where_frames_are() -> None:
 
 
 def test_lmms_eval_quotes_what_font_tags_hold_at_32_frames_once() -> None:
-    said = [(0, "<font>here</font> not"), (1, "no"), (2, "<font a='b'>here</font>"), (3.15, "<font>x</font>"), (7, "")]
-    cues = [Cue(start, start + 0.1, text) for start, text in said]
+    said = [(0, "<font>here</font> not"), (1, "no"), (2, "<font a='b'>here</font>"), (3.65, "<font>x</font>"), (7, "")]
+    cues = [Cue(start, start + 0.4, text) for start, text in said]
     assert in_font_tags(cues, Shown((0.0,), 320, 32.0)) == "here\nx"
     assert in_font_tags(cues, Shown((0.0,), 320, 32.0), 2) == "here"
 

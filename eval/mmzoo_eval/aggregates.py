@@ -19,9 +19,12 @@ def per_kind(rows: Sequence[Judged], scale: float = 100.0) -> dict[str, float]:
 
 def per_detail(rows: Sequence[Judged], field: str, scale: float = 100.0, prefix: str = "") -> dict[str, float]:
     """The mean score of each value of a detail, as "field/value"; a row belongs to every value of a list."""
-    groups: dict[str, list[Judged]] = {}
+    groups: dict[str, list[float]] = {}
     for row in rows:
+        score = None if row.verdict is None else row.verdict.score
         values = row.item.details[field]
         for value in [values] if isinstance(values, str) else values:
-            groups.setdefault(f"{prefix}{field}/{value}", []).append(row)
-    return {name: accuracy(some, scale) for name, some in groups.items()}
+            group = groups.setdefault(value, [])
+            if score is not None:
+                group.append(score)
+    return {f"{prefix}{field}/{value}": mean(some, scale) for value, some in groups.items()}
