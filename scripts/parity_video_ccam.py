@@ -24,7 +24,11 @@ from mmzoo.layout import Modality, TokenLayout, batch
 from mmzoo.media import sample_indices
 from mmzoo.models.video_ccam import VideoCCAM, siglip_image_processor
 from mmzoo.processing import IMAGE
-from mmzoo_eval import multiple_choice
+from mmzoo_eval.benchmark import Item
+from mmzoo_eval.benchmarks import benchmark, video_mme, videovista
+from mmzoo_eval.parsing import PREFIXES, without_prefixes
+from mmzoo_eval.prompts import LETTER_ONLY, bracketed, question_block
+from mmzoo_eval.subtitles import one_a_frame, read_srt
 
 FILES = {
     "llm_base": "model.safetensors",
@@ -225,8 +229,8 @@ def sampling(case: Case) -> Iterator[Comparison]:
     }
     for name, rule in rules.items():
         yield same_strings(name, [rule(x) for x in given[name]], [x["indices"] for x in given[name]])
-    cues = multiple_choice.read_srt(given["srt"])
-    said = [multiple_choice.subtitles_at(cues, [i / x["fps"] for i in x["indices"]]) for x in given["subtitle"]]
+    cues = read_srt(given["srt"])
+    said = [one_a_frame(cues, [i / x["fps"] for i in x["indices"]]) for x in given["subtitle"]]
     yield same_strings("subtitle", said, [x["text"] for x in given["subtitle"]])
 
 
@@ -240,26 +244,39 @@ def questions(case: Case) -> Iterator[Comparison]:
     for name in ("mvbench_template", "mlvu_M_template"):
         for i, x in enumerate(given[name]):
             data = x["data"]
-            made = multiple_choice.question_block(data["question"], data["candidates"])
-            yield same_strings(f"{name} {i}", made, x["question"])
+            yield same_strings(f"{name} {i}", question_block(data["question"], data["candidates"]), x["question"])
             number = data["candidates"].index(data["answer"]) if data["answer"] in data["candidates"] else -1
-            yield same_strings(f"{name} {i} answer", multiple_choice.lettered(number, data["answer"]), x["answer"])
+            yield same_strings(f"{name} {i} answer", bracketed(number, data["answer"]), x["answer"])
     for i, x in enumerate(given["videovista"]):
         data = x["data"]
-        made = multiple_choice.videovista_block(data["Question"], data["Answer_Choices"])
-        yield same_strings(f"videovista {i}", [made, multiple_choice.user_turn(made)], [x["question"], x["content"]])
-        answer = multiple_choice.lettered(data["Answer"], data["Answer_Choices"][data["Answer"]]) + "\n"
-        yield same_strings(f"videovista {i} answer", answer, x["answer"])
+        options = tuple(data["Answer_Choices"])
+        made = videovista.question_block(data["Question"], options)
+        said = _user_turn("videovista", Item("", data["Question"], options=options))
+        yield same_strings(f"videovista {i}", [made, said], [x["question"], x["content"]])
+        yield same_strings(
+            f"videovista {i} answer", bracketed(data["Answer"], options[data["Answer"]]) + "\n", x["answer"]
+        )
     for i, x in enumerate(given["videomme"]):
-        made = multiple_choice.video_mme_block(x["question"], x["options"], x["subtitles"])
-        yield same_strings(f"videomme {i}", [made, multiple_choice.user_turn(made)], [x["text"], x["content"]])
-    for i, x in enumerate(given["user_message"]):
-        yield same_strings(f"user_message {i}", multiple_choice.user_turn(x["question"]), x["content"])
-    prefixes = dict.fromkeys(("mvbench", "videovista"), multiple_choice.PREFIXES)
-    prefixes["mlvu"] = multiple_choice.PREFIXES[:2]
+        asked = Item("", x["question"], details={"options": x["options"]})
+        said = video_mme.video_ccam_prompt(asked, x["subtitles"]).user
+        made = [said.removesuffix(f"\n{LETTER_ONLY}"), f"<video>\n{said}"]
+        yield same_strings(f"videomme {i}", made, [x["text"], x["content"]])
+    for i, (x, described) in enumerate(zip(given["user_message"], given["mvbench_template"], strict=True)):
+        item = Item("", described["data"]["question"], options=tuple(described["data"]["candidates"]))
+        said = [_user_turn(name, item) for name in ("mvbench", "mlvu")]
+        yield same_strings(f"user_message {i}", said, [x["content"]] * 2)
+    prefixes = dict.fromkeys(("mvbench", "videovista"), PREFIXES)
+    prefixes["mlvu"] = PREFIXES[:2]
     for name, known in prefixes.items():
-        verdicts = [multiple_choice.is_right(x["predict"], x["answer"], known) for x in given["check_answer"]]
+        verdicts = [without_prefixes(x["predict"], x["answer"], known) for x in given["check_answer"]]
         yield same_strings(f"check_answer {name}", verdicts, [x[name] for x in given["check_answer"]])
+
+
+def _user_turn(name: str, item: Item) -> str:
+    """What the user says in the protocol "video_ccam", the clip's place included."""
+    prompt = benchmark(name).protocol("video_ccam").prompt
+    assert prompt is not None
+    return f"<video>\n{prompt(item).user}"
 
 
 RUNNERS = {

@@ -33,7 +33,7 @@ from PIL import Image
 from mmzoo.errors import InputError, MissingExtra, VideoReadError
 from mmzoo.media import SAMPLING_RULES, decoders, read_image, read_video, reader, sample_indices, write_video
 
-DATA = Path(__file__).parent / "data" / "media"
+DATA = Path(__file__).parent / "data" / "parity" / "eval"
 ROOT = Path(__file__).parents[1]
 
 needs_decord = pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord has no wheel here")

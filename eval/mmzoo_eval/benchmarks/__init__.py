@@ -9,6 +9,15 @@ from mmzoo.errors import InputError
 from mmzoo_eval.benchmark import Benchmark
 
 MODULES: dict[str, str] = {
+    "mvbench": "mvbench",
+    "video_mme": "video_mme",
+    "mlvu": "mlvu",
+    "next_qa": "next_qa",
+    "egoschema": "egoschema",
+    "perception_test": "perception_test",
+    "videovista": "videovista",
+    "pope": "pope",
+    "mme": "mme",
     "activitynet_qa": "open_answers",
     "chair": "chair",
     "msrvtt_qa": "open_answers",
