@@ -8,6 +8,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -749,7 +750,7 @@ def generation(tmp_path: Path, judge: Callable[[list[dict[str, str]]], str]) -> 
     row = {"video": "v.mp4", "question": "What?", "answer": "a cat sits"}
     write(tmp_path / "json" / "8_sub_scene.json", [{**row, "scoring_points": "cat; sits"}])
     write(tmp_path / "json" / "9_summary.json", [row])
-    made = mlvu.generation(judge, "a judge 1.0")
+    made = replace(benchmark("mlvu_generation"), protocols=mlvu.generation(judge, "a judge 1.0"))
     return made, made.protocol("official (a judge 1.0)"), made.read(tmp_path)
 
 
@@ -784,7 +785,7 @@ def test_a_judge_grades_free_answers(tmp_path: Path) -> None:
 
 def test_published_averages_of_mlvu() -> None:
     rows = [Judged(Item(kind, "?", kind=kind), "", None, "answered") for kind in ("sub_scene", "summary")]
-    protocol = mlvu.generation(lambda _: "", "x").protocol()
+    protocol = mlvu.generation(lambda _: "", "x")["official (x)"]
     graded = [
         row.__class__(row.item, "", (0.0, pair), "answered") for row, pair in zip(rows, [(3.4, 3.4), (2.0, 2.94)])
     ]  # type: ignore[arg-type]

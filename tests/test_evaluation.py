@@ -28,10 +28,12 @@ from mmzoo_eval import runner
 from mmzoo_eval.asking import Media, by_likelihood, likelihoods, put, responses
 from mmzoo_eval.benchmark import Benchmark, Frames, Item, Prompt, Protocol, Verdict, by_name, mean, scores
 from mmzoo_eval.benchmarks import MODULES, benchmark
+from mmzoo_eval.judges import RecordedJudge, find_judge
 from mmzoo_eval.report import write
 from mmzoo_eval.runner import Run, run
 from mmzoo_eval.scoring import label, read_results, scored
 from mmzoo_eval.statistics import bootstrap, interval, paired, standard_error, wilson
+from mmzoo_eval.subtitles import each_once, subtitled
 
 WORDS = ("red", "green")
 
@@ -320,8 +322,10 @@ def test_the_page_shows_what_was_seen_and_said(tiny: MultimodalLM, tmp_path: Pat
 def test_every_benchmark_is_found_by_its_name() -> None:
     for name in MODULES:
         found = benchmark(name)
-        assert found.name == name and found.data and found.protocol().prompt is not None
-        assert all(key == protocol.name and protocol.source for key, protocol in found.protocols.items())
+        protocols = {**found.protocols, **(found.judged_by(lambda messages: "", "one") if found.judged_by else {})}
+        assert found.name == name and found.data and protocols
+        assert all(key == protocol.name and protocol.source for key, protocol in protocols.items())
+        assert next(iter(protocols.values())).prompt is not None
     with pytest.raises(InputError, match="mmzoo eval list"):
         benchmark("wrld")
     with pytest.raises(InputError, match="exact word"):
@@ -352,6 +356,65 @@ def test_the_command_runs_scores_and_compares(tmp_path: Path) -> None:
         call("run", "aki-nano", *common, "--shard", "first", "-o", str(tmp_path / "x"))
     with pytest.raises(InputError, match="--answers"):
         call("run", "aki-nano", *common, "--answers", "guess", "-o", str(tmp_path / "x"))
+
+
+def test_what_a_judge_said_is_not_asked_again(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def judge(messages: list[dict[str, str]]) -> str:
+        asked.append(messages[-1]["content"])
+        return "{'pred': 'yes', 'score': 4}"
+
+    first = RecordedJudge(judge, tmp_path / "judged.jsonl")
+    message = [{"role": "user", "content": "is it"}]
+    assert first(message) == first(message) and len(asked) == 1
+    with (tmp_path / "judged.jsonl").open("a") as file:
+        file.write('{"asked": "cut o')
+    assert RecordedJudge(judge, tmp_path / "judged.jsonl")(message) == first(message) and len(asked) == 1
+    found = benchmark("msvd_qa")
+    assert found.judged_by is not None
+    protocol = next(iter(found.judged_by(first, "me").values()))
+    assert protocol.judge(Item("i", "what is it", "dog"), "a dog").score == 1.0 and "(me)" in protocol.name
+    assert find_judge("json:dumps") is json.dumps
+    for wrong in ("json", "json:nothing", "no.such:thing"):
+        with pytest.raises(InputError, match="no judge at"):
+            find_judge(wrong)
+    with pytest.raises(InputError, match="read by a judge"):
+        benchmark("mlvu_generation").protocol()
+
+
+def test_a_prompt_is_written_for_the_frames_that_are_shown(tiny: MultimodalLM, tmp_path: Path, told: Any) -> None:
+    write_video(np.zeros((8, 32, 32, 3), np.uint8), tmp_path / "v0.mp4", fps=4)
+    srt = "1\n00:00:00,000 --> 00:00:00,900\nearly\n\n2\n00:00:01,000 --> 00:00:02,000\nlate\n"
+    (tmp_path / "v0.srt").write_text(srt)
+    item = Item("q0", "what", 0, WORDS, "v0.mp4", details={"subtitles": str(tmp_path / "v0.srt"), "cut_frame": 3})
+    prompt = subtitled(lambda item, text: Prompt(f"{text}"), lambda cues, seen: each_once(cues, seen.times))
+    protocol = replace(CHOICE, prompt=prompt, frames=Frames("linspace", 2))
+    some = plan(tiny, tmp_path, toy(), protocol=protocol, items=[item])
+    video = some.media.read(item, tiny.processor)
+    assert video.indices == [0, 2] and "first 3 of 8 frames" in video.notes[0]
+    assert some.prompt(item, video).user == "early" and some.prompt(item).user == "early\nlate"
+    assert run(some) is not None
+
+
+def test_a_protocol_may_have_copies_of_its_own(tiny: MultimodalLM, tmp_path: Path) -> None:
+    moved = replace(CHOICE, own=lambda item: replace(item, media="elsewhere/" + item.media, bound=None))
+    some = plan(tiny, tmp_path, toy(2, "v"), protocol=moved)
+    assert [item.media for item in some.items] == ["elsewhere/v0.mp4"] * 2
+    found = toy(1, "v").read(tmp_path)[0]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "v0.mp4").write_bytes(b"here")
+    sought = replace(found, details={"media_pattern": "*/v0.mp4"})
+    media = Media(toy(), tmp_path, Frames("all"))
+    assert media.sha256(found) == "missing" != media.sha256(sought)
+
+
+def test_the_command_scores_files(tmp_path: Path) -> None:
+    data = Path(__file__).parent / "data" / "parity" / "eval" / "ndcg_vidore"
+    done = CliRunner().invoke(app, ["eval", "score", "vidore", str(data / "qrels.json"), str(data / "run.json")])
+    assert done.exit_code == 0 and "ViDoRe" in done.output, done.output
+    with pytest.raises(InputError, match="takes 2 files"):
+        CliRunner().invoke(app, ["eval", "score", "vidore", str(data / "run.json")], catch_exceptions=False)
 
 
 def test_files_of_responses_that_are_none(tmp_path: Path) -> None:

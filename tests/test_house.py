@@ -229,6 +229,14 @@ def _pages(nav: list | dict | str) -> set[str]:
     return {page for part in (nav.values() if isinstance(nav, dict) else nav) for page in _pages(part)}
 
 
+def test_the_generated_tables_are_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import tables
+
+    for name, page in tables.PAGES.items():
+        assert (ROOT / "docs" / name).read_text() == page(), f"run python scripts/tables.py: docs/{name} is stale"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     docs = ROOT / "docs"

@@ -46,14 +46,22 @@ class Media:
         if not item.media:
             return None
         if self.benchmark.media == "image":
-            return read_image(self.folder / item.media)
+            return read_image(self._path(item))
         frames = self.frames.of(processor)
         options: dict[str, Any] = {"sampling": frames.sampling, "num_frames": frames.num_frames, "fps": frames.fps}
         options["video_fps"] = item.details.get("video_fps")
         options["bound"] = item.bound if frames.sampling == "mvbench" else None
+        options["stop"] = item.details.get("cut_frame")
         if self.benchmark.make:
             return read_video(self.benchmark.make(item), **options)
-        return read_video(self.folder / item.media, deadline=self.deadline, **options)
+        return read_video(self._path(item), deadline=self.deadline, **options)
+
+    def _path(self, item: Item) -> Path:
+        """Where an item's file is; some benchmarks keep a few of theirs elsewhere than they say."""
+        path, pattern = self.folder / item.media, item.details.get("media_pattern")
+        if path.exists() or not pattern:
+            return path
+        return next(iter(sorted(self.folder.glob(pattern))), path)
 
     def sha256(self, item: Item) -> str:
         """Digest of what an item shows: of the file, of a folder's files with their names, or of made frames.
@@ -64,7 +72,7 @@ class Media:
             return ""
         if self.benchmark.make:
             return hashlib.sha256(self.benchmark.make(item).tobytes()).hexdigest()
-        path = self.folder / item.media
+        path = self._path(item)
         if not path.is_dir():
             return _file_sha256(path)
         names = sorted(one.name for one in path.iterdir() if one.is_file())
@@ -88,7 +96,8 @@ def by_likelihood(protocol: Protocol, answers: Answers) -> Protocol:
     """
 
     def judge(item: Item, response: str) -> Verdict:
-        return Verdict(float(response == lettered(item.answer)), response)
+        number = ord(response) - ord("A")
+        return Verdict(float(number == item.answer), number)
 
     return replace(protocol, name=f"{protocol.name}, likelihood of {answers}", answers=answers, judge=judge)
 

@@ -103,6 +103,11 @@ class Frames:
         return " at ".join(filter(None, counts)) or f"frames: {self.sampling}"
 
 
+Message = dict[str, str]
+Judge = Callable[[list[Message]], str]
+"""Messages with `role` and `content` -> the reply of a language model that reads answers."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """One way to ask, judge and sum up.
@@ -119,6 +124,7 @@ class Protocol:
         max_new_tokens: of an answer.
         unit: "percent" or "fraction" or "points", of the headline.
         answers: what `judge` is given; `by_likelihood` makes the other kinds.
+        own: item -> the item as this protocol shows it, where its suite has other copies of the videos.
     """
 
     name: str
@@ -131,6 +137,7 @@ class Protocol:
     max_new_tokens: int = 16
     unit: Literal["percent", "fraction", "points"] = "percent"
     answers: Answers = "text"
+    own: Callable[[Item], Item] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,7 @@ class Benchmark:
         media: what is shown.
         data: where the annotations are published and how the folder has to look, in one or two sentences.
         dataset_id: name of the benchmark's data set on the Hub, where it has one.
+        judged_by: (judge, its name) -> the protocols in which it reads the answers, where there are any.
         make: item -> uint8 frames [T, H, W, 3], for a benchmark whose videos are no files.
     """
 
@@ -155,10 +163,13 @@ class Benchmark:
     media: Literal["video", "image"] = "video"
     data: str = ""
     dataset_id: str | None = None
+    judged_by: Callable[[Judge, str], Mapping[str, Protocol]] | None = None
     make: Callable[[Item], np.ndarray] | None = None
 
     def protocol(self, name: str | None = None) -> Protocol:
         """The protocol of that name, or the default. Raises InputError, with the names there are."""
+        if not self.protocols:
+            raise InputError(f"The answers of {self.title} are read by a judge: give one.")
         if name is None:
             return next(iter(self.protocols.values()))
         if name not in self.protocols:

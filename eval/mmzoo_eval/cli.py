@@ -30,16 +30,27 @@ ProtocolName = Annotated[
 ]
 
 
+JudgeName = Annotated[
+    str | None, typer.Option("--judge", help="package.module:function, messages -> reply, for the protocols of a judge")
+]
+
+
 @app.command("list")
 def list_command() -> None:
     """The benchmarks and their protocols; the first protocol is the default."""
     from mmzoo_eval.benchmarks import MODULES, benchmark
+    from mmzoo_eval.file_scorers import FILE_SCORERS
 
     table = Table("benchmark", "shows", "protocols", "data")
     for name in MODULES:
         found = benchmark(name)
-        names = [one.name if one.prompt else f"{one.name} (judges only)" for one in found.protocols.values()]
-        table.add_row(name, found.media, ", ".join(names), found.data)
+        with_judge = list(found.judged_by(lambda messages: "", "a judge")) if found.judged_by else []
+        table.add_row(name, found.media, ", ".join([*found.protocols, *with_judge]), found.data)
+    console.print(table)
+    table = Table("scores files", "protocols", "files")
+    for name, scorer in FILE_SCORERS.items():
+        told = "; ".join(f"{file}: {what}" for file, what in scorer.files.items())
+        table.add_row(name, ", ".join(scorer.protocols), told)
     console.print(table)
 
 
@@ -52,6 +63,7 @@ def run(
         Path | None, typer.Option(help="the folder of videos or pictures; beside the data by default")
     ] = None,
     protocol: ProtocolName = None,
+    judge: JudgeName = None,
     answers: Annotated[
         str, typer.Option(help="text: what the model writes; letters, options: the likeliest letter or option")
     ] = "text",
@@ -77,9 +89,9 @@ def run(
     from mmzoo_eval.benchmarks import benchmark as find
     from mmzoo_eval.runner import Run
 
-    found = find(benchmark)
-    chosen = _protocol(found, protocol, answers, frames)
     folder = output or Path("evaluated") / f"{Path(model).name}-{benchmark}"
+    found = _with_judge(find(benchmark), judge, folder / "judged.jsonl")
+    chosen = _protocol(found, protocol, answers, frames)
     described = {"model": model, "benchmark": benchmark, "protocol": chosen.name, "frames": frames, "limit": limit}
     _claim(folder, described | {"data": data and str(data)})
     items = _items(found, data)[:limit]
@@ -91,6 +103,17 @@ def run(
         loaded = mmzoo.load(model, device=device, dtype=precision, attention=attention)
     shown = Media(found, media or (data if data and data.is_dir() else (data or Path(".")).parent), chosen.frames)
     _run(Run(loaded, found, chosen, items, shown, folder, batch_size, number, shards), report)
+
+
+def _with_judge(found: Benchmark, name: str | None, replies: Path) -> Benchmark:
+    """The benchmark with the protocols of a judge, whose replies are kept in a file, in place of its own."""
+    from mmzoo_eval.judges import RecordedJudge, find_judge
+
+    if name is None:
+        return found
+    if found.judged_by is None:
+        raise InputError(f"{found.title} has no protocol of a judge.")
+    return replace(found, protocols=found.judged_by(RecordedJudge(find_judge(name), replies), name))
 
 
 def _protocol(found: Benchmark, name: str | None, answers: str, frames: int | None) -> Protocol:
@@ -172,16 +195,35 @@ def _print_scores(text: str, metrics: dict[str, dict[str, float]]) -> None:
 @app.command()
 def score(
     benchmark: Annotated[str, typer.Argument(help="a name of `mmzoo eval list`")],
-    predictions: Annotated[Path, typer.Argument(help="lines of JSON with id and response, such as a results.jsonl")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="lines of JSON with id and response, such as a results.jsonl; or what is listed"),
+    ],
     data: Data = None,
     protocol: ProtocolName = None,
+    judge: JudgeName = None,
 ) -> None:
-    """Judge responses that are there already, by any protocol of a benchmark."""
-    from mmzoo_eval.benchmark import judged
+    """Judge responses that are there already, by any protocol of a benchmark; or score files of predictions."""
     from mmzoo_eval.benchmarks import benchmark as find
+    from mmzoo_eval.file_scorers import FILE_SCORERS
+
+    if benchmark in FILE_SCORERS:
+        scorer = FILE_SCORERS[benchmark]
+        table = Table("metric", "value")
+        for name, value in scorer.score(files, protocol).items():
+            table.add_row(name, f"{value:.6g}")
+        console.print(table)
+        console.print(f"{scorer.title} ({protocol or scorer.protocols[0]})")
+        return
+    if len(files) != 1:
+        raise InputError(f"Give one file of responses, not {len(files)}.")
+    _score(_with_judge(find(benchmark), judge, files[0].with_suffix(".judged.jsonl")), files[0], data, protocol)
+
+
+def _score(found: Benchmark, predictions: Path, data: Path | None, protocol: str | None) -> None:
+    from mmzoo_eval.benchmark import judged
     from mmzoo_eval.scoring import read_results, scored
 
-    found = find(benchmark)
     chosen, items = found.protocol(protocol), {item.id: item for item in _items(found, data)}
     said = read_results(predictions)
     unknown = sorted(said.keys() - items.keys())

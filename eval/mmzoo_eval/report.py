@@ -88,7 +88,7 @@ def _article(plan: Run, item: Item, row: dict[str, Any]) -> str:
     """One item; "other" is one without a score."""
     verdict = "other" if row["score"] is None else "right" if row["score"] > 0 else "wrong"
     said = "" if row["response"] is None else f"<pre class=answer>{escape(row['response'])}</pre>"
-    parsed = "" if row["parsed"] is None else f", read as {escape(str(row['parsed']))}"
+    parsed = "" if row["parsed"] is None else f", read as {escape(_read(item, row['parsed']))}"
     note = f'<p class="note">{escape(row["note"])}</p>' if row["note"] else ""
     truth = "" if item.options else f'<p class="note">right: {escape(str(item.answer))}</p>'
     return (
@@ -96,6 +96,10 @@ def _article(plan: Run, item: Item, row: dict[str, Any]) -> str:
         f"<pre>{escape(item.question)}</pre>{_options(item)}{truth}{said}"
         f"<p>{verdict if verdict != 'other' else 'no score'} ({escape(row['state'])}{parsed})</p>{note}</article>"
     )
+
+
+def _read(item: Item, parsed: Any) -> str:
+    return lettered(parsed) if item.options and isinstance(parsed, int) else str(parsed)
 
 
 def _options(item: Item) -> str:

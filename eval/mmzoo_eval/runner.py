@@ -28,6 +28,7 @@ from mmzoo.media import Video
 from mmzoo_eval.asking import Media, responses
 from mmzoo_eval.benchmark import ANSWERED, FAILED, UNREADABLE, Benchmark, Item, Judged, Prompt, Protocol, judged
 from mmzoo_eval.scoring import label, scored
+from mmzoo_eval.subtitles import shown
 
 RESPONSES, RESULTS, SCORES = "responses", "results.jsonl", "scores.json"
 GIVE_UP_AFTER = 20
@@ -80,6 +81,8 @@ class Run:
     shards: int = 1
 
     def __post_init__(self) -> None:
+        if self.protocol.own is not None:
+            object.__setattr__(self, "items", list(map(self.protocol.own, self.items)))
         names = [item.id for item in self.items]
         if self.protocol.prompt is None:
             raise InputError(f"The protocol {self.protocol.name!r} judges answers only. Take one that also asks.")
@@ -91,10 +94,10 @@ class Run:
         if not (self.batch_size > 0 and 0 <= self.shard < self.shards):
             raise InputError(f"No batch of {self.batch_size}, or no shard {self.shard} of {self.shards}.")
 
-    def prompt(self, item: Item) -> Prompt:
-        """What is said to an item."""
+    def prompt(self, item: Item, medium: Any = None) -> Prompt:
+        """What is said to an item that shows this; without it, what decides that, for a digest."""
         assert self.protocol.prompt is not None
-        return self.protocol.prompt(item)
+        return self.protocol.prompt(shown(item, medium if isinstance(medium, Video) else None))
 
 
 def run(plan: Run, advance: Callable[[int, int, str], None] = lambda done, total, state: None) -> dict[str, Any] | None:
@@ -147,6 +150,7 @@ def _keys(plan: Run, weights: str) -> list[str]:
             "prompt": plan.prompt(item),
             "media": digests[item.media],
             "bound": item.bound,
+            "stop": item.details.get("cut_frame"),
             "frames": asdict(plan.media.frames.of(plan.model.processor)),
             "max_new_tokens": plan.protocol.max_new_tokens,
         }
@@ -236,7 +240,7 @@ def _answered(plan: Run, items: list[Item], keys: list[str], media: list[Any]) -
 
 
 def _asked(plan: Run, items: list[Item], media: list[Any]) -> list[str]:
-    return responses(plan.model, plan.protocol, items, [plan.prompt(item) for item in items], media)
+    return responses(plan.model, plan.protocol, items, list(map(plan.prompt, items, media)), media)
 
 
 def _summed_up(plan: Run, keys: Sequence[str], weights: str) -> dict[str, Any] | None:

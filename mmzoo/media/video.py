@@ -77,9 +77,11 @@ class Wanted:
     video_fps: float | None = None
     bound: tuple[float, float] | None = None
     allow_short: bool = False
+    stop: int | None = None
 
     def pick(self, num_total: int, video_fps: float | None, folder: bool = False) -> tuple[list[int], list[str]]:
         """Indices from 0 that exist, and what has to be said about them."""
+        whole, num_total = num_total, min(num_total, self.stop or num_total)
         # The protocol counts a folder's files from 1.
         first_idx, max_frame = (1, num_total) if folder and self.sampling == "mvbench" else (None, None)
         indices = sample_indices(
@@ -93,7 +95,7 @@ class Wanted:
             max_frame=max_frame,
         )
         offset = first_idx or 0
-        notes: list[str] = []
+        notes = [f"only the first {num_total} of {whole} frames were looked at"] if num_total < whole else []
         clamped = [min(max(i - offset, 0), num_total - 1) for i in indices]
         outside = sum(i - offset != j for i, j in zip(indices, clamped))
         if outside:
@@ -118,6 +120,7 @@ def read_video(
     backend: str = "auto",
     deadline: float | None = None,
     allow_short: bool = False,
+    stop: int | None = None,
 ) -> Video:
     """Reads frames of a video file, of a folder of pictures, or of an array, by a protocol's sampling rule.
 
@@ -140,6 +143,7 @@ def read_video(
         deadline: seconds after which reading is given up. A file or folder is then read in a separate process, which is
             kept for the next call; an array has nothing to wait for. None reads in this process.
         allow_short: return what is there of a file that is shorter than it promises, with a note.
+        stop: frames from this number on are not looked at, as if the video ended there.
 
     Returns:
         The frames, with the decoder and everything else that a score depends on.
@@ -154,7 +158,9 @@ def read_video(
         raise InputError(f"There is no video backend {backend!r}. Take one of {', '.join(BACKENDS)}.")
     if deadline is not None and not 0 < deadline <= 1e6:
         raise InputError(f"deadline must be above 0 and at most 1e6 seconds, not {deadline!r}.")
-    wanted = Wanted(sampling, num_frames, fps, video_fps, bound, allow_short)
+    if stop is not None and stop < 1:
+        raise InputError(f"stop must be at least 1, not {stop!r}.")
+    wanted = Wanted(sampling, num_frames, fps, video_fps, bound, allow_short, stop)
     if not isinstance(source, (str, os.PathLike)):
         if backend != "auto":
             raise InputError(f"backend={backend!r} decodes files; an array or a list of pictures needs none.")

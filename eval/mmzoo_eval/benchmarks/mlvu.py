@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmzoo.errors import DatasetError
 from mmzoo_eval.aggregates import accuracy, per_kind
-from mmzoo_eval.benchmark import Benchmark, Frames, Item, Judged, Prompt, Protocol, Verdict, by_kind, by_name, mean
-from mmzoo_eval.parsing import PREFIXES, Judge, before_bracket, by_letter, by_option, by_priority, without_prefixes
+from mmzoo_eval.benchmark import (
+    Benchmark,
+    Frames,
+    Item,
+    Judge,
+    Judged,
+    Message,
+    Prompt,
+    Protocol,
+    Verdict,
+    by_kind,
+    by_name,
+    mean,
+)
+from mmzoo_eval.parsing import PREFIXES, before_bracket, by_letter, by_option, by_priority, without_prefixes
 from mmzoo_eval.prompts import LETTER_ONLY, bracketed, question_block
 from mmzoo_eval.rows import Row, items, json_rows
 
@@ -118,7 +131,7 @@ def _free_prompt(item: Item) -> Prompt:
     return Prompt(item.question, system=f"{_WATCH}answer the given questions.")
 
 
-def judge_messages(item: Item, response: str) -> list[dict[str, str]]:
+def judge_messages(item: Item, response: str) -> list[Message]:
     """What a judge is asked. The scales and the keys are upstream's, the wording is ours."""
     if item.kind == "sub_scene":
         system = (
@@ -161,13 +174,13 @@ def _generation(rows: Sequence[Judged]) -> dict[str, float]:
     return {"G-Avg": (values["SSC"] + values["VS"]) / 2} | values
 
 
-def generation(judge: Callable[[list[dict[str, str]]], str], name: str) -> Benchmark:
-    """The tasks with free answers, graded by a judge; its name is part of the protocol's.
+def generation(judge: Judge, name: str) -> dict[str, Protocol]:
+    """The protocols of the tasks with free answers; the judge's name is part of theirs.
 
     Video-CCAM's script searches with five beams, which is the generation's affair.
 
     Args:
-        judge: messages with "role" and "content" -> the reply. Upstream's is gpt-4-turbo at temperature 0.
+        judge: upstream's is gpt-4-turbo at temperature 0.
         name: of the judge, with its version.
     """
 
@@ -176,17 +189,11 @@ def generation(judge: Callable[[list[dict[str, str]]], str], name: str) -> Bench
         return Verdict(sum(given), given)
 
     prompts = {"official": (_free_prompt, Frames()), "video_ccam": (lambda item: Prompt(item.question), _UNIFORM_96)}
-    return Benchmark(
-        name="mlvu_generation",
-        title="MLVU generation",
-        read=read_generation,
-        protocols=by_name(
-            *(
-                Protocol(f"{one} ({name})", _OFFICIAL, graded, _generation, "G-Avg", prompt, frames, 512, "points")
-                for one, (prompt, frames) in prompts.items()
-            )
-        ),
-        data=_DATA,
+    return by_name(
+        *(
+            Protocol(f"{one} ({name})", _OFFICIAL, graded, _generation, "G-Avg", prompt, frames, 512, "points")
+            for one, (prompt, frames) in prompts.items()
+        )
     )
 
 
@@ -194,7 +201,7 @@ _OFFICIAL = "JUNJIE99/MLVU@fd060c10a43ea48a35100a22688a927b8e531199"
 _DATA = "The dev release of MLVU: the folder with json/1_plotQA.json and so on. Media: its folder video."
 _UNIFORM_96 = Frames("ccam_uniform", 96)
 _known = PREFIXES[:2]
-_ccam_judge: Judge = by_option(lambda said, reference: without_prefixes(said, reference, _known))
+_ccam_judge = by_option(lambda said, reference: without_prefixes(said, reference, _known))
 
 BENCHMARKS = (
     Benchmark(
@@ -224,4 +231,5 @@ BENCHMARKS = (
         ),
         data=_DATA,
     ),
+    Benchmark("mlvu_generation", "MLVU generation", read_generation, {}, data=_DATA, judged_by=generation),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ BENCHMARKS = (
                 _without_average,
                 "macro_avg",
                 _lmms_eval_prompt,
+                own=lambda item: replace(item, media=item.details["lmms_eval_media"], bound=None),
             ),
         ),
         data="OpenGVLab/MVBench on the Hub: the folder with json/<task>.json. Media: its folder video, unpacked.",

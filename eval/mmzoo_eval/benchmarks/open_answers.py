@@ -8,12 +8,29 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from mmzoo_eval.annotations import read_json, read_table, refuse, require, unique
-from mmzoo_eval.benchmark import Benchmark, Item, Judged, Prompt, Protocol, Verdict, by_kind, by_name, mean, scores
+from mmzoo_eval.benchmark import (
+    Benchmark,
+    Item,
+    Judge,
+    Judged,
+    Message,
+    Prompt,
+    Protocol,
+    Verdict,
+    by_kind,
+    by_name,
+    mean,
+    scores,
+)
 from mmzoo_eval.normalise import normalised
+from mmzoo_eval.parsing import by_letter, by_priority
+from mmzoo_eval.prompts import LETTER_ONLY, dotted
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LAVIS = "salesforce/LAVIS 506965b9c4a18c1e565bd32acaccabe0198433f7"
@@ -189,6 +206,38 @@ def read_tgif_count(path: Path) -> list[Item]:
     return [_tgif_item(row, i, "count", int(row["answer"])) for i, row in enumerate(rows)]
 
 
+def read_tgif_choice(path: Path, task: str) -> list[Item]:
+    """`Test_action_question.csv` or `Test_transition_question.csv` of TGIF-QA: five options, one right.
+
+    Args:
+        path: the folder or the file.
+        task: "action" or "transition".
+    """
+    columns = [f"a{i}" for i in range(1, 6)]
+    rows = _tgif(path, task, columns)
+    wrong = [(i, row["answer"]) for i, row in enumerate(rows, 2) if row["answer"].strip() not in tuple("01234")]
+    refuse([f"{path}: line {i}: field 'answer' {answer!r} is none of 0 to 4" for i, answer in wrong])
+    return [
+        replace(_tgif_item(row, i, task, int(row["answer"])), options=tuple(row[column] for column in columns))
+        for i, row in enumerate(rows)
+    ]
+
+
+def lettered_options(item: Item) -> Prompt:
+    """The question, its options and a sentence that asks for the letter; our own choice."""
+    return Prompt("\n".join([item.question, *map(dotted, range(len(item.options)), item.options), LETTER_ONLY]))
+
+
+CHOICE = Protocol(
+    "letter",
+    "accuracy is the task's definition; prompt and parser are mmzoo's, the latter lmms-eval's mcq_extract",
+    by_letter(lambda item, said: by_priority(said, "ABCDE")),
+    accuracies("accuracy"),
+    "accuracy",
+    lettered_options,
+)
+
+
 def squared_error(item: Item, response: str) -> Verdict:
     """The squared difference to the first number in the response, "three" or "3"; without one it is not counted."""
     number = re.search(r"(?<!\S)\d{1,6}(?!\S)", normalised(response))
@@ -209,10 +258,6 @@ MEAN_SQUARED_ERROR = Protocol(
 
 
 # A judge
-
-Message = dict[str, str]
-Judge = Callable[[list[Message]], str]
-"""Messages with `role` and `content` -> the judge's reply."""
 
 JUDGE_SYSTEM = (
     "You are an intelligent chatbot designed for evaluating the correctness of generative outputs for question-answer "
@@ -314,6 +359,15 @@ def gpt_assisted(
     )
 
 
+def judged_by(prompt: Callable[[Item], Prompt] = short_answer) -> Callable[[Judge, str], dict[str, Protocol]]:
+    """Both ways to read a judge's reply, as a benchmark holds them."""
+
+    def protocols(judge: Judge, name: str) -> dict[str, Protocol]:
+        return by_name(*(gpt_assisted(judge, name, parse, prompt) for parse in ("lmms_eval", "videochatgpt")))
+
+    return protocols
+
+
 def _judged_scores(rows: Sequence[Judged], scale: float) -> dict[str, float]:
     """Accuracy is yes / (yes + no); the average score is over every reply with a score, blank responses included."""
     blank = {"pred": "no", "score": 0, "read": True}
@@ -334,6 +388,7 @@ BENCHMARKS = (
         lambda path: read_test_qa(path, "vid{}.avi"),
         by_name(VQA_NORM, STRICT),
         data="test_qa.json of MSVD-QA; videos are called vid<video_id>.avi.",
+        judged_by=judged_by(),
     ),
     Benchmark(
         "msrvtt_qa",
@@ -341,6 +396,7 @@ BENCHMARKS = (
         lambda path: read_test_qa(path, "video{}.mp4"),
         by_name(VQA_NORM, STRICT),
         data="test_qa.json of MSRVTT-QA; videos are called video<video_id>.mp4.",
+        judged_by=judged_by(),
     ),
     Benchmark(
         "tgif_qa",
@@ -348,6 +404,17 @@ BENCHMARKS = (
         read_tgif_frameqa,
         by_name(VQA_NORM, STRICT),
         data="Test_frameqa_question.csv of TGIF-QA; animations are called <gif_name>.gif.",
+        judged_by=judged_by(),
+    ),
+    *(
+        Benchmark(
+            f"tgif_qa_{task}",
+            f"TGIF-QA ({task})",
+            partial(read_tgif_choice, task=task),
+            by_name(CHOICE),
+            data=f"Test_{task}_question.csv of TGIF-QA; animations are called <gif_name>.gif.",
+        )
+        for task in ("action", "transition")
     ),
     Benchmark(
         "tgif_qa_count",
@@ -362,5 +429,6 @@ BENCHMARKS = (
         read_activitynet_qa,
         by_name(ACTIVITYNET_OFFICIAL, STRICT, VQA_NORM),
         data="test_q.json and test_a.json of MILVLG/activitynet-qa; videos are called v_<video_name>.mp4.",
+        judged_by=judged_by(capitalised_question),
     ),
 )
