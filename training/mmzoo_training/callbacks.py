@@ -45,8 +45,8 @@ class ExactResume(Callback):
       of a loader without one Lightning fetches a batch ahead, and the position would be one too far.
     - Checkpoints are written and read by `CheckpointFiles`.
 
-    On several processes each has its own random state. Waiting gradients are those of single processes: there, save
-    every n optimizer steps.
+    On several processes each has its own random state. Waiting gradients are those of single processes: there, and
+    under DeepSpeed, save every n optimizer steps. DeepSpeed writes and reads its checkpoints by itself.
     """
 
     def __init__(self) -> None:
@@ -83,10 +83,10 @@ class ExactResume(Callback):
         state = self._random or random_state(trainer.strategy.root_device)
         saved: dict[str, Any] = {"random": _of_all_processes(trainer, as_tensors(state))}
         if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
-            if trainer.world_size > 1:
+            if trainer.world_size > 1 or trainer.strategy.handles_gradient_accumulation:
                 rank_zero_warn(
-                    "This checkpoint lies between optimizer steps, and gradients that wait on several processes are "
-                    "not saved. Save every n optimizer steps (every_n_train_steps) to resume exactly."
+                    "This checkpoint lies between optimizer steps, and gradients that wait on several processes or in "
+                    "DeepSpeed are not saved. Save every n optimizer steps (every_n_train_steps) to resume exactly."
                 )
             else:
                 saved["gradients"] = {
@@ -195,23 +195,21 @@ def read_checkpoint(path: Path, *, whole: bool) -> dict[str, Any]:
     """A checkpoint's entries, tensors on the CPU.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint, of which the entries beside the shards are read.
+        path: a file, or the folder of a sharded checkpoint (FSDP2's or DeepSpeed's), of which the entries beside the
+            shards are read.
         whole: check every byte and read the tensors, rather than mapping them into memory.
 
     Raises:
         CheckpointError: it is not there, damaged, or holds code.
     """
     try:
-        if path.is_dir():
-            if not (path / ".metadata").is_file():  # written last
-                raise CheckpointError(f"The checkpoint {path} was not written to its end.")
-            return torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
-        if whole:
-            with zipfile.ZipFile(path) as archive:
+        files = _checkpoint_files(path)
+        for file in files if whole else ():
+            with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise CheckpointError(f"The checkpoint {path} is damaged at {damaged}. Resume from an earlier one.")
-        return torch.load(path, map_location="cpu", mmap=not whole, weights_only=True)
+                raise CheckpointError(f"The checkpoint {file} is damaged at {damaged}. Resume from an earlier one.")
+        return torch.load(files[0], map_location="cpu", mmap=not whole, weights_only=True)
     except CheckpointError:
         raise
     except FileNotFoundError as error:
@@ -219,6 +217,25 @@ def read_checkpoint(path: Path, *, whole: bool) -> dict[str, Any]:
     except Exception as error:  # torch raises classes of its own, of pickle and of zipfile
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(f"The checkpoint {path} is damaged: {said}. Resume from an earlier one.") from error
+
+
+def _checkpoint_files(path: Path) -> list[Path]:
+    """The files that torch wrote of a checkpoint, first the one with the entries beside the shards.
+
+    Raises:
+        CheckpointError: a folder that was not written to its end.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / ".metadata").is_file():  # FSDP2 writes it last
+        return [path / "meta.pt"]
+    if (path / "latest").is_file():  # DeepSpeed's first process writes it last; others may still be writing
+        folder = path / (path / "latest").read_text().strip()
+        states, shards = sorted(folder.glob("*model_states.pt")), sorted(folder.glob("*optim_states.pt"))
+        processes = torch.load(states[0], map_location="cpu", mmap=True, weights_only=True)["dp_world_size"]
+        if len(shards) in (0, processes):  # ZeRO's stage 0 has none
+            return [*states, *shards]
+    raise CheckpointError(f"The checkpoint {path} was not written to its end.")
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

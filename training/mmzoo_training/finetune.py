@@ -17,6 +17,7 @@ from typing import Any, Literal
 import lightning
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -79,8 +80,8 @@ class Finetune(lightning.LightningModule):
         no_decay: regular expressions of parameter names without weight decay.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         compile: compile the language model with torch.compile.
-        save_frozen: whether checkpoints hold the frozen parameters too. Without them they are small, and resuming reads
-            the frozen ones from where they came from.
+        save_frozen: whether checkpoints hold the frozen parameters too, DeepSpeed's as well. Without them they are
+            small, and resuming reads the frozen ones from where they came from.
 
     Raises:
         InputError: options that do not fit together, or an expression that matches no parameter.
@@ -134,6 +135,11 @@ class Finetune(lightning.LightningModule):
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
         self.betas, self.weight_decay, self.no_decay = tuple(betas), weight_decay, no_decay or []
         self.model.train()
+
+    def setup(self, stage: str) -> None:
+        """Tell DeepSpeed, which writes checkpoints by itself, which parameters they hold."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy) and not self.save_frozen:
+            self.trainer.strategy.exclude_frozen_parameters, self.strict_loading = True, False
 
     def configure_model(self) -> None:
         """Shard the model under Lightning's ModelParallelStrategy (FSDP2), each decoder layer by itself."""
@@ -243,11 +249,13 @@ class Finetune(lightning.LightningModule):
             InputError: the model is sharded and trains with LoRA, which is merged on one process only.
         """
         if is_sharded(self.model) and self.adapted is not None:
-            raise InputError("LoRA is merged on one process: resume the checkpoint without ModelParallelStrategy.")
+            raise InputError(
+                "LoRA is merged on one process, where the model is whole: train under FSDP2 or ZeRO's stage 3 without "
+                "it, or with it under another strategy."
+            )
         model = self.model if self.adapted is None else self.adapted[0].merge_and_unload()
         self.adapted = None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options) if is_sharded(model) else None
+        state = whole_state(model) if is_sharded(model) else None
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return Path(folder)
         return hub.save(model.eval(), folder, state_dict=state)
@@ -266,8 +274,26 @@ class Finetune(lightning.LightningModule):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds its parameters in parts."""
-    return isinstance(model, FSDPModule)
+    """Whether FSDP2 or ZeRO's stage 3 holds its parameters in parts."""
+    return isinstance(model, FSDPModule) or _of_zero_3(model)
+
+
+def _of_zero_3(model: nn.Module) -> bool:
+    return any(hasattr(one, "ds_id") for one in model.parameters())
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a sharded model on the CPU; all processes call it, and the first one's is whole."""
+    if not _of_zero_3(model):
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    import deepspeed
+
+    state = {name: x.detach().cpu() for name, x in model.state_dict().items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters(parameter):
+            if torch.distributed.get_rank() == 0:
+                state[name] = parameter.detach().cpu().clone()
+    return state
 
 
 def schedule_factor(schedule: str, step: int, floor: float, warmup: int, steps: int) -> float:
