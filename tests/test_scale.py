@@ -1,12 +1,14 @@
-"""Training on two processes: FSDP2 and DeepSpeed against one process, sharded checkpoints, other numbers of processes."""
+"""Training on two processes: FSDP2 and DeepSpeed against one, sharded checkpoints, other numbers of processes."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ import sys
 import lightning, torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
-from mmzoo_training.callbacks import ExactResume
+from mmzoo_training.callbacks import ExactResume, SampleAnswers
 from mmzoo_training.finetune import Finetune
 
 processes, epochs, folder, resumed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] or None
@@ -69,12 +71,20 @@ else:
         strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 trainer = lightning.Trainer(
     accelerator="cpu", devices=processes, strategy=strategy, max_epochs=epochs, logger=False,
-    enable_progress_bar=False, enable_checkpointing=False, callbacks=[ExactResume()], default_root_dir=folder,
+    enable_progress_bar=False, enable_checkpointing=False, num_sanity_val_steps=0, default_root_dir=folder,
+    callbacks=[ExactResume(), SampleAnswers(count=2, max_new_tokens=4)],
 )
-trainer.fit(module, DataLoader(Pictures(), batch_size=4 // processes, shuffle=False), ckpt_path=resumed)
+loader = DataLoader(Pictures(), batch_size=4 // processes, shuffle=False)
+trainer.fit(module, loader, loader, ckpt_path=resumed)
 trainer.save_checkpoint(f"{folder}/sharded.ckpt")
 module.export(f"{folder}/exported")
 '''
+
+
+def answers(folder: Path) -> list[dict[str, object]]:
+    """What was said in validation by a run, which also drew where its answers looked."""
+    assert (folder / "attention-4.png").stat().st_size > 0
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
 def train(
@@ -97,18 +107,21 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What one process trains."""
-    return train(tmp_path_factory.mktemp("scale") / "alone", 1, 2)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
+    """What one process trains, and what it says in validation."""
+    folder = tmp_path_factory.mktemp("scale") / "alone"
+    trained = train(folder, 1, 2)
+    return trained, answers(folder)
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does_and_go_on_as_one(alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    two = train(tmp_path / "2", 2, 2)
+def test_two_processes_train_what_one_does_and_go_on_as_one(alone: Any, tmp_path: Path) -> None:
+    two, (one, said) = train(tmp_path / "2", 2, 2), alone
     fresh = mmzoo.create("llava-tiny").state_dict()
-    assert any(not torch.equal(alone[name], fresh[name]) for name in alone)
-    for name in alone:
-        torch.testing.assert_close(two[name], alone[name], atol=2e-4, rtol=1e-3)
+    assert any(not torch.equal(one[name], fresh[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=1e-3)
+    assert answers(tmp_path / "2") == said
     assert mmzoo.load(str(tmp_path / "2" / "exported")).processor is not None
     assert (tmp_path / "2" / "sharded.ckpt" / ".metadata").is_file()
     half = train(tmp_path / "half", 2, 1)
@@ -122,11 +135,12 @@ def test_two_processes_train_what_one_does_and_go_on_as_one(alone: dict[str, tor
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_deepspeed_trains_what_one_process_does(stage: str, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    two = train(tmp_path / "two", 2, 2, sharding=stage)
+def test_deepspeed_trains_what_one_process_does(stage: str, alone: Any, tmp_path: Path) -> None:
+    two, (one, said) = train(tmp_path / "two", 2, 2, sharding=stage), alone
     half = train(tmp_path / "half", 2, 1, sharding=stage)
-    for name in alone:
-        torch.testing.assert_close(two[name], alone[name], atol=2e-4, rtol=1e-3)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=1e-3)
+    assert answers(tmp_path / "two") == said
     assert any(not torch.equal(half[name], two[name]) for name in half)
     found = latest_checkpoint(tmp_path / "half")
     assert found == tmp_path / "half" / "sharded.ckpt"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -282,6 +284,22 @@ def _of_zero_3(model: nn.Module) -> bool:
     return any(hasattr(one, "ds_id") for one in model.parameters())
 
 
+@contextmanager
+def on_all_processes(model: nn.Module) -> Iterator[None]:
+    """Where all processes run parts of a sharded model together, not just its forward.
+
+    ZeRO gathers each layer by itself. FSDP2 gathers what belongs to no decoder layer, such as tables and encoder, in
+    the forward of the whole model alone.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of a sharded model on the CPU; all processes call it, and the first one's is whole."""
     if not _of_zero_3(model):
@@ -479,33 +497,39 @@ def by_source(batch: Mapping[str, Any], losses: Tensor, asked: Tensor) -> dict[s
 
 @torch.no_grad()
 def answers(
-    model: MultimodalLM, inputs: Mapping[str, Any], labels: Tensor, limit: int | None = None, max_new_tokens: int = 64
+    model: MultimodalLM,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+    **options: Any,
 ) -> list[dict[str, str]]:
     """What the model says to the samples of a batch, up to `limit`: question, answer, and the right answer of each.
 
-    Of a conversation the first answer is asked for. Samples without a trained token are left out.
+    Of a conversation the first answer is asked for. Samples without a trained token are left out. `options` are those
+    of `generate`.
     """
-    layout, decode = TokenLayout(inputs["layout"]), model.processor.tokenizer.decode
+    decode = model.processor.tokenizer.decode
     said: list[dict[str, str]] = []
+    for prompt, right in islice(prompts(inputs, labels), limit):
+        ids = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options)
+        words = prompt["input_ids"][0][~TokenLayout(prompt["layout"]).visual[0]]
+        texts = {"question": words, "answer": ids[0, prompt["input_ids"].shape[1] :], "right": right}
+        said.append({name: decode(one, skip_special_tokens=True).strip() for name, one in texts.items()})
+    return said
+
+
+def prompts(inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Of each sample with a trained token: inputs up to its first answer, as a batch of one, and that answer's ids."""
+    layout = TokenLayout(inputs["layout"])
     for row in range(len(labels)):
         for sample in layout.sample[row].unique().tolist():
             where = (layout.sample[row] == sample).nonzero()[:, 0]
             trained = where[labels[row, where] != -100]
-            if sample < 0 or not len(trained) or len(said) == limit:
-                continue
-            first, last = int(where[0]), int(trained[0])
-            turn = layout.turn[row, trained]
-            prompt = _prompt(inputs, layout, row, first, last)
-            ids = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-            words = prompt["input_ids"][0][~TokenLayout(prompt["layout"]).visual[0]]
-            said.append(
-                {
-                    "question": decode(words, skip_special_tokens=True).strip(),
-                    "answer": decode(ids[0, last - first :], skip_special_tokens=True).strip(),
-                    "right": decode(labels[row, trained[turn == turn[0]]], skip_special_tokens=True).strip(),
-                }
-            )
-    return said
+            if sample >= 0 and len(trained):
+                turn = layout.turn[row, trained]
+                prompt = _prompt(inputs, layout, row, int(where[0]), int(trained[0]))
+                yield prompt, labels[row, trained[turn == turn[0]]]
 
 
 def _prompt(inputs: Mapping[str, Any], layout: TokenLayout, row: int, first: int, last: int) -> dict[str, Tensor]:
