@@ -31,6 +31,7 @@ from mmzoo.world import make_clip
 from mmzoo_training import callbacks, cli, finetune
 from mmzoo_training.callbacks import ExactResume, LossTrace, SampleAnswers, Throughput
 from mmzoo_training.finetune import Finetune, Part
+from mmzoo_training.world import WorldQuestions
 
 QUESTIONS = [
     ("how many objects are there", "two"),
@@ -489,6 +490,7 @@ def test_losses_of_sources_answers_and_throughput_are_logged(tmp_path: Path, bat
     assert [one["right"] for one in said] == batches[0]["source"]
     assert said[0]["step"] == 4
     assert (Path(logger.log_dir) / "mask.png").stat().st_size > 0
+    assert (Path(logger.log_dir) / "attention-4.png").stat().st_size > 0
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -506,12 +508,13 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("name", ["aki-nano", "cca-nano", "tc-llava-nano", "video-ccam-nano", "visualchat-tiny"])
+@pytest.mark.parametrize("name", ["aki-nano", "cca-nano", "tc-llava-nano", "video-ccam-nano", "visualchat-nano"])
 def test_every_nano_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
-    stages = [] if name == "visualchat-tiny" else ["--model.init_args.describe_steps=1"]
-    run_cli(monkeypatch, "fit", "--config", name, *SHORT, *steps, *stages, "--export=trained")
+    steps += ["--model.init_args.describe_steps=1", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"]
+    steps += ["--trainer.logger.save_dir=run"]
+    run_cli(monkeypatch, "fit", "--config", name, *SHORT, *steps, "--export=trained")
     (metrics,) = tmp_path.rglob("metrics.csv")
     head, *rows = metrics.read_text().splitlines()
     column = head.split(",").index("answer_loss")
@@ -520,8 +523,14 @@ def test_every_nano_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest
     assert np.isfinite(losses).all()
     assert "val_accuracy" in head
     assert mmzoo.load("trained").processor is not None
+    assert len([*tmp_path.rglob("attention-3.png")]) == 1
     (answers,) = tmp_path.rglob("answers.jsonl")
     assert json.loads(answers.read_text().splitlines()[0])["question"]
+
+
+def test_tokens_that_do_not_stand_on_that_grid_are_refused() -> None:
+    with pytest.raises(InputError, match="4 tokens, which do not stand on a grid of 3 x 3"):
+        WorldQuestions("visualchat-nano", token_grid=3)
 
 
 def test_a_cut_run_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
