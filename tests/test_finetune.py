@@ -23,11 +23,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 import mmzoo
 from mmzoo.errors import CheckpointError, InputError
 from mmzoo.layout import TokenLayout, pack
-from mmzoo.world import make_clip
+from mmzoo.world import make_clip, write_clip
 from mmzoo_training import callbacks, cli, finetune
 from mmzoo_training.callbacks import ExactResume, LossTrace, SampleAnswers, Throughput
 from mmzoo_training.finetune import Finetune, Part
@@ -493,6 +494,32 @@ def test_losses_of_sources_answers_and_throughput_are_logged(tmp_path: Path, bat
     assert (Path(logger.log_dir) / "attention-4.png").stat().st_size > 0
 
 
+def logged_run(folder: Path, logger: Any, batches: list[dict[str, Any]]) -> None:
+    run = trainer(folder, SampleAnswers(2, 3), logger=logger, log_every_n_steps=1, max_epochs=2)
+    run.fit(Finetune("cca-llava-tiny", None, lr=1e-2), Loader(batches), Loader(batches[:1]))
+
+
+def test_tensorboard_shows_losses_answers_and_where_they_looked(tmp_path: Path, batches: list[dict[str, Any]]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoardLogger(tmp_path)
+    logged_run(tmp_path, logger, batches)
+    events = accumulator.EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert {"loss", "loss/red", "val_loss"} <= set(events.Tags()["scalars"])
+    assert [one.step for one in events.Images("attention")] == [4, 8]
+    said = events.Tensors("answers/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert all(f"({right})" in said for right in batches[0]["source"])
+
+
+def test_wandb_keeps_answers_and_where_they_looked(tmp_path: Path, batches: list[dict[str, Any]]) -> None:
+    wandb = pytest.importorskip("wandb")
+    logged_run(tmp_path, WandbLogger(save_dir=tmp_path, offline=True), batches)
+    wandb.finish()
+    assert len([*tmp_path.rglob("media/images/attention*.png")]) == 2
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("media/table/answers*.json")]
+    assert [[row[2] for row in table["data"]] for table in tables] == [batches[0]["source"]] * 2
+
+
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["mmzoo"])
     with warnings.catch_warnings():
@@ -638,6 +665,35 @@ class Clips(lightning.LightningDataModule):
         return Loader([batch_of(processor, seed) for seed in range(self.count)])
 
     val_dataloader = train_dataloader
+
+
+def test_ones_own_clips_train_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A YAML file of one's own, with a folder and one json; the run's saved configuration runs it again."""
+    monkeypatch.chdir(tmp_path)
+    Path("clips").mkdir()
+    write_clip(make_clip(0), Path("clips/0.mp4"))
+    turns = [{"from": "human", "value": "<video>\nhow many objects are there"}, {"from": "gpt", "value": "two"}]
+    Path("clips/all.json").write_text(json.dumps([{"id": i, "video": "0.mp4", "conversations": turns} for i in "01"]))
+    described = {
+        "trainer": {"accelerator": "cpu", "max_steps": 2, "default_root_dir": "run", "num_sanity_val_steps": 0},
+        "model": {
+            "class_path": "mmzoo_training.finetune.Finetune",
+            "init_args": {"name": "video-ccam-tiny", "weights": None, "lr": 0.01},
+        },
+        "data": {
+            "class_path": "mmzoo_training.data.RecordData",
+            "init_args": {"sources": [{"path": "clips"}], "val_sources": [{"path": "clips"}], "max_tokens": 64},
+        },
+    }
+    described["trainer"]["callbacks"] = [{"class_path": "mmzoo_training.callbacks.SampleAnswers"}]
+    Path("mine.yaml").write_text(yaml.safe_dump(described))
+    run_cli(monkeypatch, "fit", "--config=mine.yaml", "--export=trained")
+    assert mmzoo.load("trained").processor is not None
+    (saved,) = tmp_path.rglob("config.yaml")
+    said = [json.loads(line) for line in next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()]
+    assert {one["right"] for one in said} == {"two"}
+    run_cli(monkeypatch, "fit", "--config", str(saved), "--trainer.default_root_dir=again")
+    assert [*Path("again").rglob("attention-*.png")]
 
 
 def test_ones_own_data_trains_lora_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
