@@ -494,6 +494,13 @@ def test_losses_of_sources_answers_and_throughput_are_logged(tmp_path: Path, bat
     assert (Path(logger.log_dir) / "attention-4.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("name", ["aki-nano", "cca-nano", "video-ccam-nano", "visualchat-nano"])
+def test_frames_are_drawn_as_they_were_shown(name: str) -> None:
+    processor, frames = mmzoo.create(name).processor, make_clip(0).frames
+    shown = callbacks.frames_of(processor, processor.ask("how many", video=frames)["pixel_values"])
+    assert np.array_equal(shown, frames)
+
+
 def logged_run(folder: Path, logger: Any, batches: list[dict[str, Any]]) -> None:
     run = trainer(folder, SampleAnswers(2, 3), logger=logger, log_every_n_steps=1, max_epochs=2)
     run.fit(Finetune("cca-llava-tiny", None, lr=1e-2), Loader(batches), Loader(batches[:1]))
