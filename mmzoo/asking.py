@@ -5,7 +5,7 @@ Shape legend: A answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,7 @@ class Asking:
             VideoReadError: the video cannot be read.
         """
         inputs, media = self._asked(source, question, deadline)
-        return self._answered(inputs, media, max_new_tokens)[0]
+        return self._answered(inputs, media.get("video"), max_new_tokens)[0]
 
     def attend(self, source: Any, question: str, *, max_new_tokens: int = 64, deadline: float = 60.0) -> AttentionMaps:
         """Ask, and say where the answer looked: the weights of every layer and head, through the same rule.
@@ -69,7 +69,33 @@ class Asking:
         Arguments and errors are those of `ask`. The weights come from a second pass on the eager backend.
         """
         inputs, media = self._asked(source, question, deadline)
-        answer, tokens = self._answered(inputs, media, max_new_tokens)
+        frames = media["video"].frames if "video" in media else np.asarray(read_image(media["image"]))[None]
+        return self.attention_maps(inputs, frames, media.get("video"), max_new_tokens=max_new_tokens)
+
+    def attention_maps(
+        self,
+        inputs: Mapping[str, Tensor],
+        frames: np.ndarray,
+        video: Video | None = None,
+        *,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> AttentionMaps:
+        """Answer a batch of one without padding, and say where the answer looked, as `attend` does.
+
+        Args:
+            inputs: of a prompt with media, as the processor makes them.
+            frames: uint8 [N, H, W, 3], the images or frames that it shows, for drawing.
+            video: that they are of.
+            max_new_tokens: at most this many.
+            **options: other options of `generate`.
+
+        Raises:
+            InputError: the prompt shows nothing.
+        """
+        if any(inputs.get(name) is None for name in self.media_inputs) or not self.media_inputs:
+            raise InputError("An answer about text alone looks at no picture. Give a prompt with media.")
+        answer, tokens = self._answered(inputs, video, max_new_tokens, **options)
         layout = TokenLayout(inputs["layout"])
         told = layout if len(tokens) == 1 else layout.with_answer(len(tokens) - 1)
         shown = {name: inputs[name] for name in self.media_inputs}
@@ -79,7 +105,6 @@ class Asking:
             shown["pixel_values"] = self.as_input(shown["pixel_values"])
             patches = self.patch_weights(**{name: one[0] for name, one in shown.items()})
         rows = torch.stack([layer[0, :, len(layout) - 1 :] for layer in outputs.attentions])
-        frames = media["video"].frames if "video" in media else np.asarray(read_image(media["image"]))[None]
         words = [self.processor.tokenizer.decode(token) for token in tokens]
         return AttentionMaps(answer, words, rows.float().cpu(), told.to("cpu"), patches.float().cpu(), frames)
 
@@ -101,7 +126,9 @@ class Asking:
         return self.processor.ask(question, **media).to(self.device), media
 
     @torch.no_grad()
-    def _answered(self, inputs: BatchFeature, media: dict[str, Any], max_new_tokens: int) -> tuple[Answer, Tensor]:
+    def _answered(
+        self, inputs: Mapping[str, Tensor], video: Video | None, max_new_tokens: int, **options: Any
+    ) -> tuple[Answer, Tensor]:
         """The answer and its tokens [A], the end token included."""
         outputs = self.generate(
             **inputs,
@@ -110,9 +137,10 @@ class Asking:
             num_beams=1,
             output_logits=True,
             return_dict_in_generate=True,
+            **options,
         )
         tokens = outputs.sequences[0, inputs["input_ids"].shape[1] :]
         chosen = torch.stack(outputs.logits, 1)[0].float().log_softmax(-1).gather(1, tokens[:, None])
         said = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         layout = TokenLayout(inputs["layout"].cpu())
-        return Answer(said, float(chosen.mean().exp()), layout, media.get("video")), tokens
+        return Answer(said, float(chosen.mean().exp()), layout, video), tokens

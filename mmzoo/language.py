@@ -127,6 +127,10 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
         """float [N, P, D] of N images or frames: what the family's connector is given."""
         raise NotImplementedError
 
+    def grid_features(self, pixel_values: Tensor) -> Tensor:
+        """float [N, P, D] of the patches alone, in raster order, before anything pools them."""
+        return self.patch_features(pixel_values)
+
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
         """Tokens [N, V, D] of N images or frames [N, ...]: the family's encoder and connector."""
         raise NotImplementedError

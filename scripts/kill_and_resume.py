@@ -54,7 +54,7 @@ def command(config: str, steps: int, accumulate: int, folder: Path) -> list[str]
         "trainer.max_steps": steps // accumulate,
         "trainer.accumulate_grad_batches": accumulate,
         "trainer.default_root_dir": folder,
-        "model.init_args.describe_steps": steps // 3 if config != "visualchat-tiny" else 0,
+        "model.init_args.describe_steps": steps // 3,
         "model.init_args.answer_steps": steps,
         "resume": "auto",
     }

@@ -35,6 +35,7 @@ MADE_OF = {
     "cca-nano": "CLIP at 32 pixels, 4 x 4 tokens a frame, 8 frames as images, LLaMA with 3 layers",
     "tc-llava-nano": "CLIP at 32 pixels, 4 x 4 patches pooled to 2 x 2 tokens a frame, clips of 8 frames, LLaMA with\n"
     "3 layers",
+    "visualchat-nano": "Qwen-VL's ViT at 32 pixels, 2 x 2 queries a frame, 8 frames as images, LLaMA with 3 layers",
     "video-ccam-nano": "SigLIP at 32 pixels, 48 tokens for a whole clip of 8 frames, Phi-3 with 3 layers",
 }
 PROSE = """\

@@ -253,6 +253,62 @@ def test_rows_of_a_data_set(folder: Path) -> None:
     assert (problem.line, problem.field) == (4, "images")
 
 
+def test_data_sets_of_hugging_face(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory, saved, and read from a file of lines or a parquet file; media are opened when they are needed."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {
+            "messages": datasets.List({"role": text, "content": text}),
+            "images": datasets.List(datasets.Image()),
+            "videos": datasets.List(datasets.Video()),
+        }
+    )
+    rows = [
+        {"messages": said("<image>which", "red"), "images": [str(folder / "0.png")], "videos": []},
+        {"messages": said("<video>which", "blue"), "images": [], "videos": [str(folder / "clip.mp4")]},
+    ]
+    memory = datasets.Dataset.from_list(rows, features=features)
+    memory.to_parquet(tmp_path / "a.parquet")
+    memory.save_to_disk(tmp_path / "saved")
+    read = {"split": "train", "cache_dir": str(tmp_path / "cache")}
+    parquet = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), **read)
+    for source in (memory, tmp_path / "saved", parquet):
+        records, problems = load_records([(source, None, None)])
+        assert [record.messages[1].text for record in records] == ["red", "blue"]
+        assert not problems and not any(unreadable(record) for record in records)
+        with Image.open(folder / "0.png") as picture:
+            assert np.array_equal(np.asarray(open_image(records[0].images[0])), np.asarray(picture.convert("RGB")))
+    assert memory.features == features
+    typed = {"role": "user", "content": [{"type": "image", "image": "0.png"}, {"type": "text", "text": "which"}]}
+    file = lines(tmp_path / "chat.jsonl", [{"messages": [typed, said("", "red")[1]]}] * 2)
+    rows_of_lines = datasets.load_dataset("json", data_files=str(file), **read)
+    records, problems = load_records([(rows_of_lines, None, folder)])
+    assert [record.messages[0].text for record in records] == ["<image>which"] * 2 and not problems
+
+
+def test_shards_that_webdataset_writes(folder: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    picture = np.asarray(Image.open(folder / "0.png").convert("RGB"))
+    with webdataset.TarWriter(str(tmp_path / "s.tar")) as writer:
+        writer.write({"__key__": "a/0", "png": picture, "json": {"messages": SWIFT[0]["messages"]}})
+        writer.write({"__key__": "a/1", "jpg": picture, "txt": "red circle"})
+        writer.write({"__key__": "a/2", "mp4": (folder / "clip.mp4").read_bytes(), "txt": "a collision"})
+    records, problems = load_records([(tmp_path / "s.tar", "webdataset", None)])
+    assert [record.id for record in records] == ["a/0", "a/1", "a/2"] and not problems
+    assert np.array_equal(np.asarray(open_image(records[0].images[0])), picture)
+    assert not any(unreadable(record) for record in records)
+
+
+def test_names_in_a_tar_file_may_begin_with_a_dot(folder: Path, tmp_path: Path) -> None:
+    picture = (folder / "0.png").read_bytes()
+    path = tar(
+        tmp_path / "a.tar", {f"./{i}.{kind}": data for i in "01" for kind, data in (("txt", b"a"), ("png", picture))}
+    )
+    assert [record.id for record in load_records([(path, None, None)])[0]] == ["./0", "./1"]
+
+
 def test_a_saved_data_set_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "state.json").write_text("{}")

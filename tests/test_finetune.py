@@ -23,14 +23,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 import mmzoo
 from mmzoo.errors import CheckpointError, InputError
 from mmzoo.layout import TokenLayout, pack
-from mmzoo.world import make_clip
+from mmzoo.world import make_clip, write_clip
 from mmzoo_training import callbacks, cli, finetune
 from mmzoo_training.callbacks import ExactResume, LossTrace, SampleAnswers, Throughput
 from mmzoo_training.finetune import Finetune, Part
+from mmzoo_training.world import WorldQuestions
 
 QUESTIONS = [
     ("how many objects are there", "two"),
@@ -489,6 +491,40 @@ def test_losses_of_sources_answers_and_throughput_are_logged(tmp_path: Path, bat
     assert [one["right"] for one in said] == batches[0]["source"]
     assert said[0]["step"] == 4
     assert (Path(logger.log_dir) / "mask.png").stat().st_size > 0
+    assert (Path(logger.log_dir) / "attention-4.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["aki-nano", "cca-nano", "video-ccam-nano", "visualchat-nano"])
+def test_frames_are_drawn_as_they_were_shown(name: str) -> None:
+    processor, frames = mmzoo.create(name).processor, make_clip(0).frames
+    shown = callbacks.frames_of(processor, processor.ask("how many", video=frames)["pixel_values"])
+    assert np.array_equal(shown, frames)
+
+
+def logged_run(folder: Path, logger: Any, batches: list[dict[str, Any]]) -> None:
+    run = trainer(folder, SampleAnswers(2, 3), logger=logger, log_every_n_steps=1, max_epochs=2)
+    run.fit(Finetune("cca-llava-tiny", None, lr=1e-2), Loader(batches), Loader(batches[:1]))
+
+
+def test_tensorboard_shows_losses_answers_and_where_they_looked(tmp_path: Path, batches: list[dict[str, Any]]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorBoardLogger(tmp_path)
+    logged_run(tmp_path, logger, batches)
+    events = accumulator.EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert {"loss", "loss/red", "val_loss"} <= set(events.Tags()["scalars"])
+    assert [one.step for one in events.Images("attention")] == [4, 8]
+    said = events.Tensors("answers/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert all(f"({right})" in said for right in batches[0]["source"])
+
+
+def test_wandb_keeps_answers_and_where_they_looked(tmp_path: Path, batches: list[dict[str, Any]]) -> None:
+    wandb = pytest.importorskip("wandb")
+    logged_run(tmp_path, WandbLogger(save_dir=tmp_path, offline=True), batches)
+    wandb.finish()
+    assert len([*tmp_path.rglob("media/images/attention*.png")]) == 2
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("media/table/answers*.json")]
+    assert [[row[2] for row in table["data"]] for table in tables] == [batches[0]["source"]] * 2
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -506,12 +542,13 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("name", ["aki-nano", "cca-nano", "tc-llava-nano", "video-ccam-nano", "visualchat-tiny"])
+@pytest.mark.parametrize("name", ["aki-nano", "cca-nano", "tc-llava-nano", "video-ccam-nano", "visualchat-nano"])
 def test_every_nano_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
-    stages = [] if name == "visualchat-tiny" else ["--model.init_args.describe_steps=1"]
-    run_cli(monkeypatch, "fit", "--config", name, *SHORT, *steps, *stages, "--export=trained")
+    steps += ["--model.init_args.describe_steps=1", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"]
+    steps += ["--trainer.logger.save_dir=run"]
+    run_cli(monkeypatch, "fit", "--config", name, *SHORT, *steps, "--export=trained")
     (metrics,) = tmp_path.rglob("metrics.csv")
     head, *rows = metrics.read_text().splitlines()
     column = head.split(",").index("answer_loss")
@@ -520,8 +557,14 @@ def test_every_nano_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest
     assert np.isfinite(losses).all()
     assert "val_accuracy" in head
     assert mmzoo.load("trained").processor is not None
+    assert len([*tmp_path.rglob("attention-3.png")]) == 1
     (answers,) = tmp_path.rglob("answers.jsonl")
     assert json.loads(answers.read_text().splitlines()[0])["question"]
+
+
+def test_tokens_that_do_not_stand_on_that_grid_are_refused() -> None:
+    with pytest.raises(InputError, match="4 tokens, which do not stand on a grid of 3 x 3"):
+        WorldQuestions("visualchat-nano", token_grid=3)
 
 
 def test_a_cut_run_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,6 +672,35 @@ class Clips(lightning.LightningDataModule):
         return Loader([batch_of(processor, seed) for seed in range(self.count)])
 
     val_dataloader = train_dataloader
+
+
+def test_ones_own_clips_train_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A YAML file of one's own, with a folder and one json; the run's saved configuration runs it again."""
+    monkeypatch.chdir(tmp_path)
+    Path("clips").mkdir()
+    write_clip(make_clip(0), Path("clips/0.mp4"))
+    turns = [{"from": "human", "value": "<video>\nhow many objects are there"}, {"from": "gpt", "value": "two"}]
+    Path("clips/all.json").write_text(json.dumps([{"id": i, "video": "0.mp4", "conversations": turns} for i in "01"]))
+    described = {
+        "trainer": {"accelerator": "cpu", "max_steps": 2, "default_root_dir": "run", "num_sanity_val_steps": 0},
+        "model": {
+            "class_path": "mmzoo_training.finetune.Finetune",
+            "init_args": {"name": "video-ccam-tiny", "weights": None, "lr": 0.01},
+        },
+        "data": {
+            "class_path": "mmzoo_training.data.RecordData",
+            "init_args": {"sources": [{"path": "clips"}], "val_sources": [{"path": "clips"}], "max_tokens": 64},
+        },
+    }
+    described["trainer"]["callbacks"] = [{"class_path": "mmzoo_training.callbacks.SampleAnswers"}]
+    Path("mine.yaml").write_text(yaml.safe_dump(described))
+    run_cli(monkeypatch, "fit", "--config=mine.yaml", "--export=trained")
+    assert mmzoo.load("trained").processor is not None
+    (saved,) = tmp_path.rglob("config.yaml")
+    said = [json.loads(line) for line in next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()]
+    assert {one["right"] for one in said} == {"two"}
+    run_cli(monkeypatch, "fit", "--config", str(saved), "--trainer.default_root_dir=again")
+    assert [*Path("again").rglob("attention-*.png")]
 
 
 def test_ones_own_data_trains_lora_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

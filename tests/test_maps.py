@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import mmzoo
 from mmzoo import cli, hub
 from mmzoo.attention.maps import AttentionMaps
+from mmzoo.errors import InputError
 from mmzoo.language import MultimodalLM
 from mmzoo.world import make_clip, write_clip
 
@@ -44,6 +45,11 @@ def test_attending_answers_as_asking_does_and_changes_nothing(model: MultimodalL
     assert (answer.text, answer.confidence) == (maps.answer.text, maps.answer.confidence)
     assert len(maps.tokens) == 4
     assert model.language_model.config._attn_implementation == "sdpa"
+
+
+def test_an_answer_about_text_alone_looks_nowhere(model: MultimodalLM) -> None:
+    with pytest.raises(InputError, match="looks at no picture"):
+        model.attention_maps(model.processor(QUESTION), clip(0))
 
 
 def test_the_rule_closes_what_it_closes(model: MultimodalLM, maps: AttentionMaps) -> None:

@@ -690,6 +690,16 @@ def _gone(pid: int) -> bool:
     return False
 
 
+def test_a_relative_path_starts_from_the_folder_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        picture = np.full((8, 8, 3), i, np.uint8)
+        Image.fromarray(picture).save(tmp_path / name / "0.png")
+    for i, name in enumerate(("one", "two")):
+        monkeypatch.chdir(tmp_path / name)
+        assert (read_video(".", num_frames=1, deadline=60).frames == i).all()
+
+
 def test_a_deadline_changes_nothing_but_the_process(tmp_path: Path) -> None:
     write_video(clip(), tmp_path / "clip.mp4")
     folder = _folder(tmp_path / "frames", [f"{i}.png" for i in range(30)], clip())

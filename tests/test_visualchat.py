@@ -572,3 +572,17 @@ def test_a_spoilt_folder_is_refused(tmp_path: Path, spoil: Callable[[Path], Any]
     spoil(folder)
     with pytest.raises(CheckpointError, match=said):
         mmzoo.load(str(folder))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_features_on_a_grid_are_those_of_the_patches(tower: str) -> None:
+    """A change of one patch's pixels changes most of all what stands for that patch."""
+    model = mmzoo.create("visualchat-tiny", **TOWERS[tower])
+    side, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
+    pixels = torch.rand(1, 3, side, side)
+    changed = pixels.clone()
+    changed[:, :, :patch, patch : 2 * patch] += 1
+    with torch.no_grad():
+        moved = (model.grid_features(changed) - model.grid_features(pixels)).norm(dim=-1)[0]
+    assert moved.shape == ((side // patch) ** 2,)
+    assert int(moved.argmax()) == 1

@@ -108,6 +108,8 @@ def read_within(deadline: float, path: Path, wanted: Wanted, backend: str) -> Vi
     """
     global _reader
     request = {"path": str(path), "wanted": dataclasses.asdict(wanted), "backend": backend, "deadline": deadline}
+    if not path.is_absolute():  # this process may have changed its folder since the reader was started
+        request["folder"] = os.getcwd()
     with _lock:
         try:
             if _reader is None or _reader.process.poll() is not None:
@@ -177,6 +179,8 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]
         return {}, None
     if hasattr(signal, "alarm"):
         signal.alarm(math.ceil(request["deadline"]) + ORPHAN_GRACE)
+    if "folder" in request:
+        os.chdir(request["folder"])
     try:
         video = read_path(Path(request["path"]), Wanted(**request["wanted"]), request["backend"])
     except tuple(_ERRORS.values()) as error:

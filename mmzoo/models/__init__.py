@@ -35,6 +35,7 @@ register(Entry("tc-llava-nano", **_TC, summary="TC-LLaVA's classes at 0.3 M para
 register(Entry("visualchat-7b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 7B"))
 register(Entry("visualchat-13b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 13B"))
 register(Entry("visualchat-tiny", **_VISUALCHAT, summary="DeepSpeed-VisualChat's classes at test size, random weights"))
+register(Entry("visualchat-nano", **_VISUALCHAT, summary="DeepSpeed-VisualChat's classes at 0.2 M parameters, trained in the synthetic world", weights="package:visualchat-nano", license="apache-2.0", sha256={"model.safetensors": "fb5be9cee4753faf9fd8e3181650b49869a44b0f812346b978636c3185e71c3a"}))  # fmt: skip  # noqa: E501
 
 register(Entry("video-ccam-4b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Phi-3-mini-4k", weights="hf-hub:JaronTHU/Video-CCAM-4B", license="mit", base_model=(SIGLIP, PHI_3)))  # fmt: skip  # noqa: E501
 register(Entry("video-ccam-9b", **_CCAM, summary="SigLIP-so400m, CCAM projector, Yi-1.5-9B-Chat", weights="hf-hub:JaronTHU/Video-CCAM-9B", license="mit", base_model=(SIGLIP, YI)))  # fmt: skip  # noqa: E501

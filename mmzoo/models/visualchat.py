@@ -131,6 +131,11 @@ class VisualChat(MultimodalLM):
         """float [N, P, D]: Qwen-VL's tokens, or CLIP's patches after the class token."""
         return patch_features(self.vis_encoder, pixel_values, class_token=True)
 
+    def grid_features(self, pixel_values: Tensor) -> Tensor:
+        if isinstance(self.config.vision_config, QwenVisionConfig):
+            return self.vis_encoder.patches(pixel_values)
+        return patch_features(self.vis_encoder, pixel_values)
+
     def visual_tokens(self, pixel_values: Tensor) -> Tensor:
         return self.projection(self.patch_features(pixel_values))
 
@@ -161,9 +166,9 @@ class VisualChat(MultimodalLM):
         order = (last - torch.arange(most, device=tokens.device)) % most
         return tokens.gather(1, order[..., None, None].expand_as(tokens))
 
-    def attend(self, source: Any, question: str, **options: Any) -> AttentionMaps:
-        """`Asking.attend`; the frames come in the order in which they stand in the prompt."""
-        maps = super().attend(source, question, **options)
+    def attention_maps(self, *prompt: Any, **options: Any) -> AttentionMaps:
+        """`Asking.attention_maps`; the frames come in the order in which they stand in the prompt."""
+        maps = super().attention_maps(*prompt, **options)
         if self.config.image_order == "natural":
             return maps
         return replace(maps, frames=maps.frames[::-1], patch_weights=maps.patch_weights.flip(0))
@@ -389,6 +394,21 @@ _CLIP_L = {
 
 _TINY_WORDS = (*VOCABULARY, "###", "Image", *(f"{i}:" for i in range(1, 9)), "Question:", "Answer:")
 
+_TINY_TEXT = {
+    "model_type": "llama",
+    "vocab_size": len(word_tokenizer(_TINY_WORDS)),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 7,
+    "tie_word_embeddings": False,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "visualchat-7b": {
         "text_config": {
@@ -409,20 +429,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "visualchat-tiny": {
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": len(word_tokenizer(_TINY_WORDS)),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "pad_token_id": 7,
-            "tie_word_embeddings": False,
-        },
+        "text_config": _TINY_TEXT,
         "vision_config": {
             "model_type": "mmzoo_qwen_vit",
             "image_size": 32,
@@ -437,15 +444,40 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "pool_head_dim": 16,
         },
     },
+    "visualchat-nano": {
+        "text_config": {
+            **_TINY_TEXT,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "initializer_range": 0.1,
+        },
+        "vision_config": {
+            "model_type": "mmzoo_qwen_vit",
+            "image_size": 32,
+            "patch_size": 8,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "position_side": 4,
+            "output_dim": 64,
+            "num_queries": 4,
+            "pool_head_dim": 16,
+        },
+    },
 }
+
+NUM_FRAMES = {"visualchat-tiny": 4, "visualchat-nano": 8}
 
 
 def processor(name: str, config: VisualChatConfig) -> VisualChatProcessor | None:
     """The processor of a model with random weights; None where its tokenizer would have to be downloaded."""
-    if name != "visualchat-tiny":
+    if name not in NUM_FRAMES:
         return None
     pixels, tokenizer = clip_image_processor(config.vision_config.image_size), word_tokenizer(_TINY_WORDS)
-    return VisualChatProcessor(pixels, tokenizer, config.num_vision_tokens, system="", num_frames=4)
+    return VisualChatProcessor(pixels, tokenizer, config.num_vision_tokens, system="", num_frames=NUM_FRAMES[name])
 
 
 def is_release(described: dict[str, Any]) -> bool:

@@ -18,17 +18,20 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ThroughputMonitor
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from PIL import Image
 from torch import Tensor
 
 from mmzoo.attention import draw
+from mmzoo.attention.maps import AttentionMaps
 from mmzoo.errors import CheckpointError
 from mmzoo.files import replacing
 from mmzoo.layout import TokenLayout
+from mmzoo.processing import MultimodalProcessor
 
 RESUME = "exact_resume"
 NEEDED = ("state_dict", "loops", "optimizer_states", "global_step")
@@ -45,8 +48,8 @@ class ExactResume(Callback):
       of a loader without one Lightning fetches a batch ahead, and the position would be one too far.
     - Checkpoints are written and read by `CheckpointFiles`.
 
-    On several processes each has its own random state. Waiting gradients are those of single processes: there, save
-    every n optimizer steps.
+    On several processes each has its own random state. Waiting gradients are those of single processes: there, and
+    under DeepSpeed, save every n optimizer steps. DeepSpeed writes and reads its checkpoints by itself.
     """
 
     def __init__(self) -> None:
@@ -83,10 +86,10 @@ class ExactResume(Callback):
         state = self._random or random_state(trainer.strategy.root_device)
         saved: dict[str, Any] = {"random": _of_all_processes(trainer, as_tensors(state))}
         if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
-            if trainer.world_size > 1:
+            if trainer.world_size > 1 or trainer.strategy.handles_gradient_accumulation:
                 rank_zero_warn(
-                    "This checkpoint lies between optimizer steps, and gradients that wait on several processes are "
-                    "not saved. Save every n optimizer steps (every_n_train_steps) to resume exactly."
+                    "This checkpoint lies between optimizer steps, and gradients that wait on several processes or in "
+                    "DeepSpeed are not saved. Save every n optimizer steps (every_n_train_steps) to resume exactly."
                 )
             else:
                 saved["gradients"] = {
@@ -195,23 +198,21 @@ def read_checkpoint(path: Path, *, whole: bool) -> dict[str, Any]:
     """A checkpoint's entries, tensors on the CPU.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint, of which the entries beside the shards are read.
+        path: a file, or the folder of a sharded checkpoint (FSDP2's or DeepSpeed's), of which the entries beside the
+            shards are read.
         whole: check every byte and read the tensors, rather than mapping them into memory.
 
     Raises:
         CheckpointError: it is not there, damaged, or holds code.
     """
     try:
-        if path.is_dir():
-            if not (path / ".metadata").is_file():  # written last
-                raise CheckpointError(f"The checkpoint {path} was not written to its end.")
-            return torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
-        if whole:
-            with zipfile.ZipFile(path) as archive:
+        files = _checkpoint_files(path)
+        for file in files if whole else ():
+            with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
-                raise CheckpointError(f"The checkpoint {path} is damaged at {damaged}. Resume from an earlier one.")
-        return torch.load(path, map_location="cpu", mmap=not whole, weights_only=True)
+                raise CheckpointError(f"The checkpoint {file} is damaged at {damaged}. Resume from an earlier one.")
+        return torch.load(files[0], map_location="cpu", mmap=not whole, weights_only=True)
     except CheckpointError:
         raise
     except FileNotFoundError as error:
@@ -219,6 +220,25 @@ def read_checkpoint(path: Path, *, whole: bool) -> dict[str, Any]:
     except Exception as error:  # torch raises classes of its own, of pickle and of zipfile
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(f"The checkpoint {path} is damaged: {said}. Resume from an earlier one.") from error
+
+
+def _checkpoint_files(path: Path) -> list[Path]:
+    """The files that torch wrote of a checkpoint, first the one with the entries beside the shards.
+
+    Raises:
+        CheckpointError: a folder that was not written to its end.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / ".metadata").is_file():  # FSDP2 writes it last
+        return [path / "meta.pt"]
+    if (path / "latest").is_file():  # DeepSpeed's first process writes it last; others may still be writing
+        folder = path / (path / "latest").read_text().strip()
+        states, shards = sorted(folder.glob("*model_states.pt")), sorted(folder.glob("*optim_states.pt"))
+        processes = torch.load(states[0], map_location="cpu", mmap=True, weights_only=True)["dp_world_size"]
+        if len(shards) in (0, processes):  # ZeRO's stage 0 has none
+            return [*states, *shards]
+    raise CheckpointError(f"The checkpoint {path} was not written to its end.")
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -248,41 +268,87 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 class SampleAnswers(Callback):
-    """What the model says to a few questions of the validation set, each time it is validated.
+    """What the model says to a few questions of the validation set, each time it is validated, and where it looked.
 
-    They are added to `answers.jsonl` in the log folder, and to TensorBoard where it is the logger; the mask over the
-    first sample is drawn in `mask.png` beside it.
+    The log folder has `answers.jsonl`, and for the first question `mask.png`, the mask over its tokens, and
+    `attention-STEP.png`, the frames where its answer looked. TensorBoard and W&B get answers and attention too.
+
+    A sharded model (FSDP2, ZeRO's stage 3) answers on all processes together, the questions of the first.
 
     Args:
         count: questions; they are those of the first batch.
         max_new_tokens: of an answer.
+        attention_tokens: no attention is drawn of a prompt that is longer, or has no media. The weights of all layers
+            and heads are kept for it, which take memory with the square of its length.
     """
 
-    def __init__(self, count: int = 4, max_new_tokens: int = 32):
-        self.count, self.max_new_tokens = count, max_new_tokens
+    def __init__(self, count: int = 4, max_new_tokens: int = 32, attention_tokens: int = 1024):
+        self.count, self.max_new_tokens, self.attention_tokens = count, max_new_tokens, attention_tokens
 
-    @rank_zero_only
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        from mmzoo_training.finetune import answers
+        from mmzoo_training.finetune import answers, is_sharded, on_all_processes
 
         if batch_idx or trainer.sanity_checking or trainer.log_dir is None:
             return
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            rank_zero_warn("No sample answers: a sharded model answers on all processes together or not at all.")
+        folder, model, options = Path(trainer.log_dir), pl_module.model, {}
+        inputs, labels = pl_module.inputs(batch), batch["labels"]
+        if is_sharded(model):
+            inputs, labels = _of_the_first_process(trainer, (inputs, labels))
+            options["synced_gpus"] = trainer.world_size > 1
+        elif not trainer.is_global_zero:
             return
-        inputs = pl_module.inputs(batch)
-        said = answers(pl_module.model, inputs, batch["labels"], self.count, self.max_new_tokens)
-        folder = Path(trainer.log_dir)
+        with on_all_processes(model):
+            said = answers(model, inputs, labels, self.count, self.max_new_tokens, **options)
+            maps = self._attention(model, inputs, labels, **options)
+        if trainer.is_global_zero:
+            self._write(trainer, folder, said, maps)
+            if not (folder / "mask.png").exists():
+                draw(model.rule, TokenLayout(inputs["layout"][:1].cpu()), folder / "mask.png")
+
+    def _attention(self, model: Any, inputs: Any, labels: Tensor, **options: Any) -> AttentionMaps | None:
+        """Where the answer to the first question looked."""
+        from mmzoo_training.finetune import prompts
+
+        prompt, _ = next(prompts(inputs, labels), ({}, None))
+        if prompt.get("pixel_values") is None or prompt["input_ids"].shape[1] > self.attention_tokens:
+            return None
+        shown = frames_of(model.processor, prompt["pixel_values"])
+        return model.attention_maps(prompt, shown, max_new_tokens=self.max_new_tokens, **options)
+
+    def _write(self, trainer: Trainer, folder: Path, said: list[dict[str, str]], maps: AttentionMaps | None) -> None:
+        step = trainer.global_step
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "answers.jsonl").open("a") as file:
-            file.writelines(json.dumps({"step": trainer.global_step, **one}) + "\n" for one in said)
-        if not (folder / "mask.png").exists():
-            draw(pl_module.model.rule, TokenLayout(inputs["layout"][:1].cpu()), folder / "mask.png")
-        if isinstance(trainer.logger, TensorBoardLogger):
-            text = "\n".join(f"- {one['question']} **{one['answer']}** ({one['right']})" for one in said)
-            trainer.logger.experiment.add_text("answers", text, trainer.global_step)
+            file.writelines(json.dumps({"step": step, **one}) + "\n" for one in said)
+        drawn = None if maps is None else maps.draw(folder / f"attention-{step}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                text = "\n".join(f"- {one['question']} **{one['answer']}** ({one['right']})" for one in said)
+                logger.experiment.add_text("answers", text, step)
+                if drawn:
+                    picture = np.asarray(Image.open(drawn).convert("RGB"))
+                    logger.experiment.add_image("attention", picture, step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                rows = [list(one.values()) for one in said]
+                logger.log_text("answers", columns=["question", "answer", "right"], data=rows, step=step)
+                if drawn:
+                    logger.log_image("attention", [str(drawn)], step=step)
+
+
+def frames_of(processor: MultimodalProcessor, pixel_values: Tensor) -> np.ndarray:
+    """uint8 [N, H, W, 3]: the images or frames of a batch of one [1, ..., 3, H, W], as the model sees them."""
+    normal = processor.image_processor
+    mean, std = (torch.tensor(one)[:, None, None] for one in (normal.image_mean, normal.image_std))
+    pixels = pixel_values.flatten(0, -4).float().cpu() * std + mean
+    return (pixels * 255).round().clamp(0, 255).byte().movedim(1, -1).numpy()
+
+
+def _of_the_first_process(trainer: Trainer, batch: Any) -> Any:
+    """A batch of the first process on every one, each on its own device."""
+    on_cpu = move_data_to_device(batch, torch.device("cpu"))
+    return trainer.strategy.batch_to_device(trainer.strategy.broadcast(on_cpu))
 
 
 class Throughput(ThroughputMonitor):

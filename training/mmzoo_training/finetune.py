@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -79,8 +82,8 @@ class Finetune(lightning.LightningModule):
         no_decay: regular expressions of parameter names without weight decay.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         compile: compile the language model with torch.compile.
-        save_frozen: whether checkpoints hold the frozen parameters too. Without them they are small, and resuming reads
-            the frozen ones from where they came from.
+        save_frozen: whether checkpoints hold the frozen parameters too, DeepSpeed's as well. Without them they are
+            small, and resuming reads the frozen ones from where they came from.
 
     Raises:
         InputError: options that do not fit together, or an expression that matches no parameter.
@@ -134,6 +137,11 @@ class Finetune(lightning.LightningModule):
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
         self.betas, self.weight_decay, self.no_decay = tuple(betas), weight_decay, no_decay or []
         self.model.train()
+
+    def setup(self, stage: str) -> None:
+        """Tell DeepSpeed, which writes checkpoints by itself, which parameters they hold."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy) and not self.save_frozen:
+            self.trainer.strategy.exclude_frozen_parameters, self.strict_loading = True, False
 
     def configure_model(self) -> None:
         """Shard the model under Lightning's ModelParallelStrategy (FSDP2), each decoder layer by itself."""
@@ -243,11 +251,13 @@ class Finetune(lightning.LightningModule):
             InputError: the model is sharded and trains with LoRA, which is merged on one process only.
         """
         if is_sharded(self.model) and self.adapted is not None:
-            raise InputError("LoRA is merged on one process: resume the checkpoint without ModelParallelStrategy.")
+            raise InputError(
+                "LoRA is merged on one process, where the model is whole: train under FSDP2 or ZeRO's stage 3 without "
+                "it, or with it under another strategy."
+            )
         model = self.model if self.adapted is None else self.adapted[0].merge_and_unload()
         self.adapted = None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options) if is_sharded(model) else None
+        state = whole_state(model) if is_sharded(model) else None
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return Path(folder)
         return hub.save(model.eval(), folder, state_dict=state)
@@ -266,8 +276,42 @@ class Finetune(lightning.LightningModule):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds its parameters in parts."""
-    return isinstance(model, FSDPModule)
+    """Whether FSDP2 or ZeRO's stage 3 holds its parameters in parts."""
+    return isinstance(model, FSDPModule) or _of_zero_3(model)
+
+
+def _of_zero_3(model: nn.Module) -> bool:
+    return any(hasattr(one, "ds_id") for one in model.parameters())
+
+
+@contextmanager
+def on_all_processes(model: nn.Module) -> Iterator[None]:
+    """Where all processes run parts of a sharded model together, not just its forward.
+
+    ZeRO gathers each layer by itself. FSDP2 gathers what belongs to no decoder layer, such as tables and encoder, in
+    the forward of the whole model alone.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a sharded model on the CPU; all processes call it, and the first one's is whole."""
+    if not _of_zero_3(model):
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    import deepspeed
+
+    state = {name: x.detach().cpu() for name, x in model.state_dict().items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters(parameter):
+            if torch.distributed.get_rank() == 0:
+                state[name] = parameter.detach().cpu().clone()
+    return state
 
 
 def schedule_factor(schedule: str, step: int, floor: float, warmup: int, steps: int) -> float:
@@ -453,33 +497,39 @@ def by_source(batch: Mapping[str, Any], losses: Tensor, asked: Tensor) -> dict[s
 
 @torch.no_grad()
 def answers(
-    model: MultimodalLM, inputs: Mapping[str, Any], labels: Tensor, limit: int | None = None, max_new_tokens: int = 64
+    model: MultimodalLM,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+    **options: Any,
 ) -> list[dict[str, str]]:
     """What the model says to the samples of a batch, up to `limit`: question, answer, and the right answer of each.
 
-    Of a conversation the first answer is asked for. Samples without a trained token are left out.
+    Of a conversation the first answer is asked for. Samples without a trained token are left out. `options` are those
+    of `generate`.
     """
-    layout, decode = TokenLayout(inputs["layout"]), model.processor.tokenizer.decode
+    decode = model.processor.tokenizer.decode
     said: list[dict[str, str]] = []
+    for prompt, right in islice(prompts(inputs, labels), limit):
+        ids = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options)
+        words = prompt["input_ids"][0][~TokenLayout(prompt["layout"]).visual[0]]
+        texts = {"question": words, "answer": ids[0, prompt["input_ids"].shape[1] :], "right": right}
+        said.append({name: decode(one, skip_special_tokens=True).strip() for name, one in texts.items()})
+    return said
+
+
+def prompts(inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Of each sample with a trained token: inputs up to its first answer, as a batch of one, and that answer's ids."""
+    layout = TokenLayout(inputs["layout"])
     for row in range(len(labels)):
         for sample in layout.sample[row].unique().tolist():
             where = (layout.sample[row] == sample).nonzero()[:, 0]
             trained = where[labels[row, where] != -100]
-            if sample < 0 or not len(trained) or len(said) == limit:
-                continue
-            first, last = int(where[0]), int(trained[0])
-            turn = layout.turn[row, trained]
-            prompt = _prompt(inputs, layout, row, first, last)
-            ids = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-            words = prompt["input_ids"][0][~TokenLayout(prompt["layout"]).visual[0]]
-            said.append(
-                {
-                    "question": decode(words, skip_special_tokens=True).strip(),
-                    "answer": decode(ids[0, last - first :], skip_special_tokens=True).strip(),
-                    "right": decode(labels[row, trained[turn == turn[0]]], skip_special_tokens=True).strip(),
-                }
-            )
-    return said
+            if sample >= 0 and len(trained):
+                turn = layout.turn[row, trained]
+                prompt = _prompt(inputs, layout, row, int(where[0]), int(trained[0]))
+                yield prompt, labels[row, trained[turn == turn[0]]]
 
 
 def _prompt(inputs: Mapping[str, Any], layout: TokenLayout, row: int, first: int, last: int) -> dict[str, Tensor]:

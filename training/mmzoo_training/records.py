@@ -25,6 +25,7 @@ from mmzoo.media import Video, read_image, read_video
 from mmzoo.media.video import IMAGE_SUFFIXES
 from mmzoo.processing import IMAGE, VIDEO
 
+MEDIA_COLUMNS = ("image", "images", "video", "videos")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg")
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 """How a format calls who speaks -> "system", "user" or "assistant"."""
@@ -292,18 +293,24 @@ def _read_tar(path: Path, format: str | None) -> Iterator[Record | Problem]:
             for member in tar:
                 if not member.isfile():
                     continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                if key != (key := f"{folder}/{stem}" if folder else stem):
+                own, kind = _key_of(member.name)
+                if key != (key := own):
                     yield from _tar_sample(path, members, format)
                     members = {}
-                members[kind.lower()] = Member(str(path), member.name, member.offset_data, member.size)
+                members[kind] = Member(str(path), member.name, member.offset_data, member.size)
             whole = _has_end(path, tar.offset)
         yield from _tar_sample(path, members, format)
         if not whole:  # which tarfile takes for the end
             yield Problem(str(path), key, "", "cut off: the file has no end mark after this sample")
     except tarfile.TarError as error:
         yield Problem(str(path), key, "", f"not an uncompressed tar file, or cut off: {error}")
+
+
+def _key_of(name: str) -> tuple[str, str]:
+    """Key and kind of a member: "./a/0.SEG.png" -> "./a/0", "seg.png"."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, kind = file.partition(".")
+    return f"{folder}{slash}{stem}", kind.lower()
 
 
 def _has_end(path: Path, offset: int) -> bool:
@@ -315,7 +322,7 @@ def _has_end(path: Path, offset: int) -> bool:
 def _tar_sample(path: Path, members: dict[str, Member], format: str | None) -> Iterator[Record | Problem]:
     if not members:
         return
-    key = next(iter(members.values())).name.partition(".")[0]
+    key, _ = _key_of(next(iter(members.values())).name)
     images = [one for kind, one in members.items() if f".{kind}".endswith(IMAGE_SUFFIXES)]
     videos = [one for kind, one in members.items() if f".{kind}".endswith(VIDEO_SUFFIXES)]
     texts = [kind for kind in ("json", "txt") if kind in members]
@@ -347,12 +354,26 @@ def _saved_dataset(path: Path) -> Any:
     return found
 
 
+def _undecoded(rows: Any) -> Any:
+    """A data set that gives pictures and videos as they are stored: they are opened when they are needed."""
+    if not hasattr(rows, "with_format"):
+        return rows
+    rows = rows.with_format(None)  # a copy
+    waiting = [feature for column, feature in rows.info.features.items() if column in MEDIA_COLUMNS]
+    for feature in waiting:
+        if hasattr(feature, "decode"):
+            feature.decode = False
+        waiting += [feature.feature] if hasattr(feature, "feature") else []
+    return rows
+
+
 def _read_rows(
     rows: Any, format: str | None, media: str | Path | None, name: str = "dataset"
 ) -> Iterator[Record | Problem]:
+    rows = _undecoded(rows)
     for i in range(len(rows)):
         raw = {column: value for column, value in rows[i].items() if value is not None}
-        for column in ("image", "images", "video", "videos"):
+        for column in MEDIA_COLUMNS:
             value = raw.get(column)
             if isinstance(value, list):
                 raw[column] = [

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import mmzoo
 from mmzoo import hub
+from mmzoo.errors import InputError
 from mmzoo.layout import Modality, Span, TokenLayout
 from mmzoo.processing import IMAGE, MultimodalProcessor
 from mmzoo.world import COLOURS, QUESTION_KINDS, SHAPES, Clip, Question, make_clip
@@ -217,18 +218,21 @@ class FrameDescription(nn.Module):
         width: of the patches.
         token_width: D.
         span: the tokens of one frame.
+        side: of the square grid that the tokens stand on, where the span does not say it.
     """
 
     BINS = 8
     PARTS = (1 + len(_SHAPES), 2, 2 * BINS)
     """What a token says of a colour: which shape it has there, if any, and its place in numbers and in bins."""
 
-    def __init__(self, width: int, token_width: int, span: Span):
+    def __init__(self, width: int, token_width: int, span: Span, side: int | None = None):
         super().__init__()
-        self.span = span
+        if side is not None and side**2 != len(span):
+            raise InputError(f"A frame has {len(span)} tokens, which do not stand on a grid of {side} x {side}.")
+        self.grid = (side, side) if side else (span.rows, span.columns) if span.grid else None
         self.patch = nn.Linear(width, 1 + len(_COLOURS) + 1 + len(_SHAPES))
         by_colour = len(span) % len(_COLOURS) == 0
-        colours = len(_COLOURS) if span.grid else 1 if by_colour else 0
+        colours = len(_COLOURS) if self.grid else 1 if by_colour else 0
         self.token = nn.Linear(token_width, colours * sum(self.PARTS)) if colours else None
 
     def loss(self, patches: Tensor, tokens: Tensor, looks: Tensor, places: Tensor) -> Tensor:
@@ -247,9 +251,9 @@ class FrameDescription(nn.Module):
 
     def token_loss(self, said: Tensor, looks: Tensor, places: Tensor) -> Tensor:
         """Of what the tokens say [N, V, ...]."""
-        if self.span.grid:
+        if self.grid:
             said = said.unflatten(-1, (len(_COLOURS), -1)).transpose(1, 2)  # [N, X, V, ...]
-            cells = _cells(places, self.span.rows, self.span.columns)
+            cells = _cells(places, *self.grid)
             here = torch.arange(said.shape[2], device=said.device) == cells[..., None]
             looks, places = looks[..., None] * here, places[:, :, None].expand(-1, -1, said.shape[2], -1)
         else:
@@ -259,7 +263,7 @@ class FrameDescription(nn.Module):
         said_look, said_place, said_bins = said.split(self.PARTS, -1)
         bins = (places[seen] * self.BINS).long().clamp(0, self.BINS - 1)
         return (
-            _rare_classes(said_look, looks, 0.1 if self.span.grid else 0.5)
+            _rare_classes(said_look, looks, 0.1 if self.grid else 0.5)
             + F.mse_loss(said_place[seen], places[seen] * 4 - 2)
             + 2 * F.cross_entropy(said_bins[seen].unflatten(-1, (2, self.BINS)).flatten(0, 1), bins.flatten())
         )
@@ -293,6 +297,7 @@ class WorldQuestions(lightning.LightningModule):
         lr: peak learning rate of the second stage.
         encoder_lr: the encoder's and connector's part of `lr`.
         weight_decay: of AdamW.
+        token_grid: side of the grid that a frame's tokens stand on, for a family whose layout does not say it.
         blind: hide the pixels, as the text-only baseline.
     """
 
@@ -306,6 +311,7 @@ class WorldQuestions(lightning.LightningModule):
         lr: float = 1.5e-3,
         encoder_lr: float = 0.3,
         weight_decay: float = 0.01,
+        token_grid: int | None = None,
         blind: bool = False,
     ):
         super().__init__()
@@ -318,6 +324,7 @@ class WorldQuestions(lightning.LightningModule):
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
             processor.spans(torch.zeros(1, 3, side, side), Modality.IMAGE)[0],
+            token_grid,
         )
         for name in ("image_mean", "image_std"):
             value = torch.tensor(getattr(processor.image_processor, name))[:, None, None]
@@ -337,7 +344,7 @@ class WorldQuestions(lightning.LightningModule):
 
     def describing_loss(self, batch: dict[str, Any]) -> Tensor:
         pixels = self.pixels(batch)
-        patches, tokens = self.model.patch_features(pixels), self.model.visual_tokens(pixels)
+        patches, tokens = self.model.grid_features(pixels), self.model.visual_tokens(pixels)
         return self.description.loss(patches, tokens, batch["looks"], batch["places"])
 
     def answers(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -352,9 +359,12 @@ class WorldQuestions(lightning.LightningModule):
         return outputs.loss, right.all(1)
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What the model's `forward` takes of a batch of questions."""
-        tokens = self.model.clip_tokens(self.pixels(batch))[batch["owner"]]
-        return {"input_ids": batch["input_ids"], "layout": batch["layout"], "visual_embeds": tokens}
+        """What the model's `forward` takes of a batch of questions, each with the frames of its own clip."""
+        pixels = self.pixels(batch)[batch["owner"]]
+        media = {"pixel_values": pixels}
+        if "num_frames" in self.model.media_inputs:
+            media["num_frames"] = torch.full((len(pixels), 1), pixels.shape[1], device=pixels.device)
+        return {"input_ids": batch["input_ids"], "layout": batch["layout"], **media}
 
     def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
         loss, right = self.answers(batch)
