@@ -5,7 +5,7 @@ Prose lives in `mmzoo/assets/cards/<name>.md`; `python scripts/cards.py` writes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +15,32 @@ if TYPE_CHECKING:
     from mmzoo.masks import Rule
 
 
+def in_docs(rule: str) -> str:
+    """Where the picture of a rule lies, as seen from `model_cards/`."""
+    return f"../docs/images/{rule}.png"
+
+
 def card(
     entry: Entry,
     *,
     address: str | None = None,
     rules: Mapping[str, Sequence[Rule]] | None = None,
     scores: Sequence[Mapping[str, Any]] = (),
+    recipes: Sequence[str] = (),
+    pictures: Callable[[str], str] = in_docs,
 ) -> str:
-    """README.md of a model: metadata as the Hub reads it, facts, the rule, what was measured, prose.
+    """README.md of a model: metadata as the Hub reads it, facts, the rule, its use, prose, what was measured.
 
     Args:
         entry: its facts.
         address: what `mmzoo.load` is given; the entry's name if None.
         rules: where a mask rules -> its rules; those of the entry's names if None.
         scores: as `mmzoo.publishing.read_scores` gives them.
+        recipes: names of the recipes that train it.
+        pictures: name of a rule -> where its picture lies.
     """
     prose = resources.files("mmzoo") / "assets" / "cards" / f"{entry.name}.md"
     arxiv = entry.paper.removeprefix("arXiv:")
-    source = "picture.png" if entry.task == "image-text-to-text" else "clip.mp4"
     masks = filter(None, (entry.rule, entry.connector_rule))
     metadata = {
         "library_name": "mmzoo",
@@ -52,6 +60,7 @@ def card(
         "positions": entry.scheme,
         "paper": f"[arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})",
     }
+    told = (entry.rules if rules is None else rules).items()
     lines = [
         *_front_matter(metadata),
         f"# {entry.name}",
@@ -62,21 +71,38 @@ def card(
         "|---|---|",
         *(f"| {label} | {value} |" for label, value in facts.items()),
         "",
-        "```python",
-        "import mmzoo",
-        "",
-        f'model = mmzoo.load("{address or entry.name}"' + (")" if entry.weights else ", weights=None)"),
-        f'model.ask("{source}", "what colour is the square")',
-        "```",
-        "",
     ]
-    for where, given in (entry.rules if rules is None else rules).items():
+    for where, given in told:
         lines += [f"The {where} as mmzoo declares it:", "", "```", *(repr(one) for one in given), "```", ""]
-    lines += _measured(scores)
-    lines.pop()
-    if prose.is_file():
-        lines += ["", prose.read_text().strip()]
-    return "\n".join(lines) + "\n"
+        shown = pictures(given[0].name if len(given) == 1 else entry.rule)
+        lines += [f"![The {where}, queries downwards and keys to the right]({shown})", ""]
+    lines += _use(entry, address, recipes)
+    lines += ["## About", "", *prose.read_text().strip().split("\n"), ""] if prose.is_file() else []
+    lines += _measured(scores, entry if address is None else None)
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _use(entry: Entry, address: str | None, recipes: Sequence[str]) -> list[str]:
+    """How to load, train and evaluate it."""
+    load = f'model = mmzoo.load("{address or entry.name}"' + (")" if entry.weights else ", weights=None)")
+    if entry.library == "diffusers":
+        return ["## Use", "", "```python", "import mmzoo", "", load, "```", "", *_commands(entry, address, recipes)]
+    source = "picture.png" if entry.task == "image-text-to-text" else "clip.mp4"
+    ask = f'model.ask("{source}", "what colour is the square")'
+    return ["## Use", "", "```python", "import mmzoo", "", load, ask, "```", "", *_commands(entry, address, recipes)]
+
+
+def _commands(entry: Entry, address: str | None, recipes: Sequence[str]) -> list[str]:
+    name = address or entry.name
+    lines = [f"mmzoo fit --config {recipe}" for recipe in recipes]
+    if entry.library == "diffusers":
+        lines += [f"mmzoo generate {name} --out clip.mp4"] if entry.weights else []
+    elif entry.weights and entry.weights.startswith("package:"):
+        lines.append(f"mmzoo eval run {name} world --batch-size 8")
+    elif entry.weights:
+        benchmark = "pope" if entry.task == "image-text-to-text" else "mvbench"
+        lines.append(f"mmzoo eval run {name} {benchmark} --data ANNOTATIONS --media FOLDER --device cuda")
+    return ["```bash", *lines, "```", ""] if lines else []
 
 
 def adapter_card(
@@ -130,13 +156,21 @@ def _front_matter(metadata: Mapping[str, Any]) -> list[str]:
     return ["---", *yaml.safe_dump(given, sort_keys=False, width=1000).splitlines(), "---", ""]
 
 
-def _measured(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+def _measured(scores: Sequence[Mapping[str, Any]], entry: Entry | None = None) -> list[str]:
+    if not scores and entry is not None and not (entry.weights or "").startswith("package:"):
+        why = "its released weights have not been run" if entry.weights else "there are no weights of it"
+        return ["## Measured with mmzoo", "", f"Nothing: {why}.", ""]
     if not scores:
         return []
     rows = [
-        f"| {one['label']} | {metric} | {score['value']:g} | {score.get('stderr', '')} | {score.get('n', '')} |"
+        f"| {one['label']} | {metric} | {score['value']:.6g} | {_number(score, 'stderr')} | {_number(score, 'n')} |"
         for one in scores
         for metric, score in one["scores"].items()
     ]
     head = ["| protocol | metric | value | standard error | n |", "|---|---|---|---|---|"]
     return ["## Measured with mmzoo", "", *head, *rows, ""]
+
+
+def _number(score: Mapping[str, Any], key: str) -> str:
+    value = score.get(key)
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -119,18 +119,16 @@ def mask(
     """Print a rule and draw its mask over a layout."""
     from mmzoo import masks
     from mmzoo.attention import draw
+    from mmzoo.attention.drawing import EXAMPLE_OPTIONS
     from mmzoo.layout import lay_out
 
     if rule == "list":
         console.print("\n".join(masks.RULES))
         return
-    found = masks.rule(rule, **_EXAMPLES.get(rule, {}))
+    found = masks.rule(rule, **EXAMPLE_OPTIONS.get(rule, {}))
     for one in found if isinstance(found, tuple) else (found,):
         console.print(repr(one))
     console.print(f"drawn in {draw(found, lay_out(*map(_span, layout.split())), output)}")
-
-
-_EXAMPLES: dict[str, dict[str, Any]] = {"sliding-window": {"window": 4}, "sink-window": {"window": 2, "sink_frames": 1}}
 
 
 def _span(word: str) -> Any:

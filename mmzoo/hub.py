@@ -501,7 +501,7 @@ def convert(
         InputError: the folder is the source.
     """
     from mmzoo import registry
-    from mmzoo.publishing import describe
+    from mmzoo.publishing import describe, draw_masks
 
     if Path(folder).resolve() == Path(source).resolve():
         raise InputError(f"{folder} is the source itself. Give another folder.")
@@ -509,7 +509,9 @@ def convert(
         name, source = source, "default"
     model = registry.load(name or source, source if name else "default", dtype=dtype, verify=verify)
     card = describe(model, name or Path(folder).name, str(folder), entry=registry.entry(name) if name else None)
-    return save(model, folder, card, max_shard_size=max_shard_size)
+    save(model, folder, card, max_shard_size=max_shard_size)
+    draw_masks(model, Path(folder))
+    return Path(folder)
 
 
 def push(

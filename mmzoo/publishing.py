@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmzoo import hub, integrity
+from mmzoo.attention import draw_example
 from mmzoo.cards import adapter_card, card
 from mmzoo.errors import InputError
 
@@ -57,6 +58,7 @@ def stage(
             model = _load(str(model), reading)
         title = entry.name if entry else repo
         hub.save(model, folder, describe(model, title, address, entry=entry, **facts), max_shard_size=max_shard_size)
+        draw_masks(model, folder)
     write_results(scores, folder)
 
 
@@ -109,7 +111,13 @@ def describe(
     entry = replace(
         entry, name=title, weights=address, license=license or entry.license, datasets=(*entry.datasets, *datasets)
     )
-    return card(entry, address=address, rules=_rules(model), scores=scores)
+    return card(entry, address=address, rules=_rules(model), scores=scores, pictures=lambda rule: f"{rule}.png")
+
+
+def draw_masks(model: MultimodalLM, folder: Path) -> None:
+    """Draw the model's masks beside its card, which shows them."""
+    for rules in _rules(model).values():
+        draw_example(rules if len(rules) > 1 else rules[0], folder / f"{rules[0].name}.png")
 
 
 def _rules(model: MultimodalLM) -> dict[str, tuple[Any, ...]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from mmzoo import masks
 from mmzoo.attention.compiler import allowed
 from mmzoo.files import replacing
-from mmzoo.layout import Modality, Role, TokenLayout
+from mmzoo.layout import Modality, Role, TokenLayout, image, lay_out, text, video
+from mmzoo.masks.ccam import query_layout
 from mmzoo.masks.rule import Rule
 
 if TYPE_CHECKING:
@@ -69,6 +72,46 @@ def draw(
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return Path(path)
+
+
+def draw_example(rule: str | Rule | tuple[Rule, Rule], path: str | Path) -> Path:
+    """Write a PNG of a rule over a small layout that shows what is special to it.
+
+    Args:
+        rule: a name in `mmzoo.masks.RULES`, or a rule or pair of that name with options of its own.
+        path: where the PNG goes.
+    """
+    name = rule if isinstance(rule, str) else rule[0].name if isinstance(rule, tuple) else rule.name
+    found = masks.rule(name, **EXAMPLE_OPTIONS.get(name, {})) if isinstance(rule, str) else rule
+    queries, keys = _EXAMPLES.get(name, _clip)()
+    return draw(found, queries, path, keys)
+
+
+EXAMPLE_OPTIONS: dict[str, dict[str, int]] = {
+    "sliding-window": {"window": 4},
+    "sink-window": {"window": 4, "sink_frames": 1, "frames_per_block": 2},
+    "block-causal": {"frames_per_block": 2},
+    "teacher-forcing": {"frames_per_block": 2},
+}
+"""What rules that have no defaults are drawn with."""
+
+
+def _clip() -> tuple[TokenLayout, None]:
+    return lay_out(text(3), video(3, 2, 2), text(4), text(3, Role.ANSWER)), None
+
+
+def _frames() -> tuple[TokenLayout, None]:
+    return lay_out(video(8, 2)), None
+
+
+_EXAMPLES: dict[str, Callable[[], tuple[TokenLayout, TokenLayout | None]]] = {
+    "concentric-causal": lambda: (lay_out(text(3), image(4, 4), text(4)), None),
+    "mmca": lambda: (lay_out(text(3), image(2, 2), text(3), image(2, 2), text(3)), None),
+    "ccam": lambda: (query_layout(8, 4), lay_out(video(4, 3))),
+    "causal-temporal": _frames,
+    "block-causal": _frames,
+    "sink-window": _frames,
+}
 
 
 def token_classes(layout: TokenLayout, row: int = 0) -> list[str]:
