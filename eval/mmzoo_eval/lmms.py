@@ -114,8 +114,8 @@ class Asker:
             options, until = generation(some[0].options, self.ignored)
             if until:
                 options["stopping_criteria"] = StoppingCriteriaList([_Until(self.model.processor.tokenizer, until)])
+            texts, media = zip(*map(self._put, some), strict=True)
             with _about(some):
-                texts, media = zip(*map(self._put, some), strict=True)
                 answers = written(self.model, texts, media, **options)
             for i, answer in zip(batch, answers, strict=True):
                 said[i] = cut(answer, until)
@@ -129,8 +129,11 @@ class Asker:
             open_ = [one for one, answer in zip(open_, answers, strict=True) if one.goes_on(answer)]
         return [one.said for one in rounds]
 
-    def likelihood(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[tuple[float, bool]]:
-        """Sum of the log-probabilities of each continuation's tokens, and whether each is the likeliest token.
+    def losses(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[tuple[float, bool]]:
+        """Mean loss of each continuation's tokens, and whether each of them is the likeliest.
+
+        lmms-eval's interface speaks of log-likelihoods, but its evaluator takes the least of the options for the
+        answer, and its own models give the loss.
 
         lmms-eval puts a task's delimiter before a continuation, usually a space. What stands between prompt and answer
         is the family's business: the white space before a continuation is replaced by it.
@@ -138,13 +141,14 @@ class Asker:
         gap = self.model.processor.before_answer
         found: list[tuple[float, bool]] = []
         same = groupby(zip(asked, continuations, strict=True), lambda pair: (pair[0].document, pair[0].text))
-        for _, pairs in track(list((key, list(group)) for key, group in same), "scoring", disable=self.quiet):
-            with _about([pairs[0][0]]):
-                text, media = self._put(pairs[0][0])
-                for start in range(0, len(pairs), self.batch_size):
-                    wanted = [gap + continuation.lstrip() for _, continuation in pairs[start : start + self.batch_size]]
+        for pairs in track([list(group) for _, group in same], "scoring", disable=self.quiet):
+            text, media = self._put(pairs[0][0])
+            for start in range(0, len(pairs), self.batch_size):
+                some = pairs[start : start + self.batch_size]
+                with _about([one for one, _ in some[:1]]):
+                    wanted = [gap + continuation.lstrip() for _, continuation in some]
                     scored = continued(self.model, text, media, wanted)
-                    found += [(float(one.log_probabilities.sum()), one.greedy) for one in scored]
+                found += [(-float(one.log_probabilities.mean()), one.greedy) for one in scored]
         return found
 
     def _batches(self, asked: Sequence[Asked]) -> list[list[int]]:
@@ -158,8 +162,10 @@ class Asker:
 
     def _put(self, asked: Asked) -> tuple[str, list[Any]]:
         """The text of a request in the family's words, and the media that it shows."""
-        system, turns, media = dialogue(asked.messages(), lambda item: self._read(item))
-        return opened(self.model.processor, turns, system if self.system is None else self.system), media
+        with _about([asked]):
+            system, turns, media = dialogue(asked.messages(), self._read)
+            system = system if self.system is None else self.system
+            return opened(self.model.processor, turns, system), media
 
     def _read(self, medium: Any) -> Any:
         """A picture, or a `Video` by the rule of the family's processor."""
@@ -178,7 +184,7 @@ def _about(asked: Sequence[Asked]) -> Iterator[None]:
     except MmzooError as error:
         raise EvaluationError(
             f"{', '.join(one.document for one in asked)}: {error} lmms-eval would score whatever stood in place of an "
-            "answer, so this one stops. Repair the document or leave it out; --use_cache keeps what was answered."
+            "answer, so the evaluation stops. Repair the document or leave it out."
         ) from error
 
 
@@ -229,8 +235,8 @@ class _Until(StoppingCriteria):
 
 def visual_messages(visuals: Sequence[Any] | None, text: str) -> list[Message]:
     """lmms-eval's simple form as messages: what `doc_to_visual` returns stands before the text."""
-    content = [one if isinstance(one, Mapping) else {"type": "visual", "url": one} for one in visuals or ()]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+    shown = [{"type": "visual", "url": visual} for visual in visuals or ()]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
 def framed(messages: Sequence[Message], metadata: Mapping[str, Any]) -> Sequence[Message]:
@@ -304,11 +310,11 @@ def _text(message: Message) -> str:
 
 def _shown(item: Mapping[str, Any]) -> Any:
     """The medium of a piece of content."""
-    if item.get("type") not in ("image", "video", "visual"):
-        raise InputError(f"mmzoo's models take images and videos, not {item.get('type', 'a mapping')!r}.")
     medium = item.get("url", item.get("path"))
     if isinstance(medium, Mapping):
         return _shown({"type": item["type"], **medium})
+    if item["type"] not in ("image", "video", "visual") or medium is None:
+        raise InputError(f"mmzoo's models take images and videos, not {item['type']!r} with {', '.join(item)}.")
     if any(item.get(name) is not None for name in ("start_time", "end_time", "video_start", "video_end")):
         raise InputError(f"Only whole videos are read, not a part of {medium!r}. Cut the file first.")
     return medium

@@ -6,7 +6,6 @@ lmms-eval finds `manifest` by the entry point "lmms_eval.models" of this distrib
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from mmzoo_eval.lmms import Asked, Asker, Rounds, framed, visual_messages
 def manifest() -> ModelManifest:
     """What lmms-eval is told: the chat form by default, the simple one with --force_simple."""
     here = "mmzoo_eval.lmms_plugin"
-    return ModelManifest("mmzoo", simple_class_path=f"{here}.Simple", chat_class_path=f"{here}.Chat")
+    return ModelManifest(model_id="mmzoo", simple_class_path=f"{here}.Simple", chat_class_path=f"{here}.Chat")
 
 
 class _Zoo(lmms):
@@ -74,6 +73,8 @@ class _Zoo(lmms):
         where = _place(device, device_map, self.accelerator)
         model = mmzoo.load(name, weights, dtype=precision, attention=attention, **where)
         if num_frames is not None:
+            if num_frames < 1:
+                raise InputError(f"num_frames is a number from 1 on, not {num_frames!r}.")
             model.processor.num_frames = num_frames
         self.device, self.batch_size = model.device, int(batch_size)
         system = self._resolve_system_prompt(system_prompt) if system_prompt is not None else None
@@ -86,20 +87,22 @@ class _Zoo(lmms):
         super().clean()
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Sum of log-probabilities and whether greedy decoding would say it, for each request's continuation."""
+        """Mean loss of each request's continuation, and whether greedy decoding would say it; see `Asker.losses`.
+
+        Raises:
+            InputError: acc_mutual_info is wanted. It reads likelihoods where lmms-eval's other metrics read losses.
+        """
         asked, continuations = [], []
         for request in requests:
-            text, continuation, *where = request.args
-            if where:
-                doc_to_visual, *place = where
-                doc = self._doc(*place)
-                continuations.append(continuation(doc) if callable(continuation) else continuation)
-                asked.append(self._simply(request, text, {}, doc_to_visual, *place))
-            else:  # the continuation's own likelihood, for metrics of mutual information
-                continuations.append(continuation)
-                asked.append(Asked(_named(request), text, partial(visual_messages, None, text)))
+            if len(request.args) == 2:
+                raise InputError(
+                    f"{_named(request)}: acc_mutual_info cannot stand beside losses. Leave this metric out."
+                )
+            text, continuation, doc_to_visual, *place = request.args
+            continuations.append(continuation(self._doc(*place)) if callable(continuation) else continuation)
+            asked.append(self._simply(request, text, {}, doc_to_visual, *place))
         # 0.7.3 turns a bare tuple into its repr, which no metric can read. What a GenerationResult holds stays.
-        return [GenerationResult(pair) for pair in self.asker.likelihood(asked, continuations)]
+        return [GenerationResult(pair) for pair in self.asker.losses(asked, continuations)]
 
     def _doc(self, doc_id: int, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
