@@ -162,6 +162,7 @@ def test_answers_stop_where_the_task_says(nano: MultimodalLM) -> None:
     red, blue, what = tokenizer.convert_tokens_to_ids(["red", "blue", "what"])
     assert stop(torch.tensor([[red, blue], [red, what]]), None).tolist() == [False, False]
     assert stop(torch.tensor([[red, blue, red], [red, what, blue]]), None).tolist() == [True, False]
+    assert lmms._Until(tokenizer, ["blue"])(torch.tensor([[red, blue], [blue, red]]), None).tolist() == [True, False]
 
 
 def read(medium: Any) -> Any:
@@ -262,6 +263,24 @@ def test_losses_are_the_negative_likelihoods(nano: MultimodalLM, clips: list[Cli
         Asker(nano).losses(requests[:1], [" "])
 
 
+@pytest.mark.parametrize(("name", "gap"), [("aki-tiny", ""), ("llava-tiny", " ")])
+def test_the_family_says_what_stands_before_an_option(name: str, gap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def continued(model: Any, text: str, media: Any, continuations: list[str]) -> list[Any]:
+        told.extend(continuations)
+        return [SimpleNamespace(log_probabilities=torch.zeros(1), greedy=True)] * len(continuations)
+
+    monkeypatch.setattr(lmms, "continued", continued)
+    Asker(mmzoo.create(name), 5).losses([asked("what")] * 2, [" red", "blue"])
+    assert told == [f"{gap}red", f"{gap}blue"]
+
+
+def test_a_video_is_given_up_at_the_deadline(nano: MultimodalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nano.processor, "read_video", lambda source, deadline: (source, deadline))
+    assert Asker(nano, deadline=7.0)._read("a.mp4") == ("a.mp4", 7.0)
+
+
 def test_rounds_are_asked_until_the_task_ends_them(nano: MultimodalLM, clips: list[Clip]) -> None:
     questions = [one.text for one in clips[0].questions]
     seen: list[Any] = []
@@ -316,8 +335,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.pop("mmzoo_eval.lmms_plugin")
 
 
-def instance(*args: Any, doc_id: int = 0) -> Any:
-    return SimpleNamespace(args=args, metadata={"task": "toy", "doc_id": doc_id, "split": "test"})
+def instance(*args: Any, **metadata: Any) -> Any:
+    return SimpleNamespace(args=args, metadata={"task": "toy", "doc_id": 0, "split": "test", **metadata})
 
 
 def test_the_two_forms_of_the_interface_are_answered_alike(plugin: Any, nano: MultimodalLM, clips: list[Clip]) -> None:
@@ -366,7 +385,44 @@ def test_the_two_forms_of_the_interface_are_answered_alike(plugin: Any, nano: Mu
     assert not hasattr(simple, "asker")
 
 
-def test_arguments_of_the_plugin(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_given_as_pictures_are_one_video_in_every_round(
+    plugin: Any, clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [Image.fromarray(frame) for frame in clips[0].frames]
+    shown: list[list[str]] = []
+
+    def write(model: Any, texts: Any, media: Any, **options: Any) -> list[str]:
+        shown.extend([type(medium).__name__ for medium in each] for each in media)
+        return ["red"] * len(texts)
+
+    def show(doc: Any) -> Any:
+        return pictures
+
+    def text(doc: Any, round_idx: int, previous_output: list[str], previous_round_info: Any) -> Any:
+        return (None, None, True, None, None) if round_idx == 2 else (pictures, "what", False, None, None)
+
+    def say(doc: Any, round_idx: int = 0, **known: Any) -> Any:
+        messages = visual_messages(pictures, "what")
+        return (None, True, None, None) if round_idx == 2 else (messages, False, None, None) if round_idx else messages
+
+    monkeypatch.setattr(lmms, "written", write)
+    place, video = (0, "toy", "test"), {"task_type": "video", "sample_frames": 8}
+    simple, chat = plugin.Simple("aki-nano", device="cpu"), plugin.Chat("aki-nano", device="cpu")
+    simple.task_dict = chat.task_dict = {"toy": {"test": [None]}}
+    simple.generate_until([instance("what", GREEDY, show, *place, **video)])
+    chat.generate_until([instance("", say, GREEDY, *place, **video)])
+    simple.generate_until_multi_round([instance("what", GREEDY, show, text, *place, **video)])
+    chat.generate_until_multi_round([instance("", say, GREEDY, *place, **video)])
+    assert shown == [["Video"]] * 6
+    simple.generate_until([instance("what", GREEDY, show, *place)])
+    assert shown[6:] == [["Image"] * len(pictures)]
+
+
+def plain(attention: str) -> str:
+    return mmzoo.create("aki-tiny", attention=attention).language_model.config._attn_implementation
+
+
+def test_arguments_of_the_plugin(plugin: Any) -> None:
     told = plugin.Chat(
         "aki-nano",
         device="cpu",
@@ -375,7 +431,10 @@ def test_arguments_of_the_plugin(plugin: Any, monkeypatch: pytest.MonkeyPatch) -
         ignore="seed+mask",
         deadline=9.0,
         dtype="bfloat16",
+        attention="eager",
     )
+    assert told.asker.model.language_model.config._attn_implementation == plain("eager")
+    assert plain("eager") != plain("sdpa")
     assert (told.asker.system, told.asker.ignored, told.asker.deadline) == ("be brief", ["seed", "mask"], 9.0)
     assert (told.asker.model.processor.num_frames, told.asker.model.dtype) == (4, torch.bfloat16)
     for wrong, why in [

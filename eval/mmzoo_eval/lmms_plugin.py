@@ -137,8 +137,7 @@ class Simple(_Zoo):
     ) -> Rounds:
         def following(**known: Any) -> tuple[Any, bool, Any, Any]:
             visuals, text, over, said, info = _round(doc_to_text(self._doc(*place), **known), 5)
-            messages = None if over else framed(visual_messages(visuals, text), request.metadata)
-            return messages, over, said, info
+            return framed(visual_messages(visuals, text), request.metadata), over, said, info
 
         return Rounds(self._simply(request, text, options, doc_to_visual, *place), following)
 
