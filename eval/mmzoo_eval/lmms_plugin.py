@@ -5,6 +5,7 @@ lmms-eval finds `manifest` by the entry point "lmms_eval.models" of this distrib
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ class _Zoo(lmms):
     ):
         super().__init__()
         if unknown:
-            raise InputError(f"The model mmzoo has no argument {', '.join(unknown)}. See the docs of lmms-eval there.")
+            taken = [one for one in inspect.signature(type(self)).parameters if one != "unknown"]
+            raise InputError(f"The model mmzoo takes no argument {', '.join(unknown)}. It takes {', '.join(taken)}.")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InputError(f"batch_size is a number from 1 on, not {batch_size!r}.")
         self.accelerator = Accelerator(cpu=device == "cpu")
