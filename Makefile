@@ -1,9 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.installed
+LMMS := .venv-lmms/bin
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test lint typecheck unit docs test-slow clean
+.PHONY: demo test lint typecheck unit docs test-slow test-lmms clean
 
 demo: $(ENV)
 	$(BIN)/mmzoo demo
@@ -34,11 +35,21 @@ docs: $(ENV)
 test-slow: $(ENV)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+# In an environment of its own: lmms-eval's pins conflict with ours.
+test-lmms: .venv-lmms/.installed
+	$(LMMS)/python -m pytest -m slow tests/test_lmms.py
+
 clean:
-	rm -rf .venv build dist site *.egg-info */*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
+	rm -rf .venv .venv-lmms build dist site *.egg-info */*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
 
 # The stamp is written last: an interrupted installation is done again.
 $(ENV): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
+	touch $@
+
+.venv-lmms/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lmms
+	$(LMMS)/python -m pip install --quiet --disable-pip-version-check -e '.[lmms]' pytest pytest-timeout hypothesis
+	$(LMMS)/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
 	touch $@

@@ -95,7 +95,7 @@ class DatasetError(MmzooError, ValueError):
 
 
 class EvaluationError(MmzooError, RuntimeError):
-    """An evaluation had to stop. What was answered is kept, and the same command goes on from there."""
+    """An evaluation had to stop. What `mmzoo eval` was answered is kept, and the same command goes on from there."""
 
 
 class VideoReadError(MmzooError, OSError):

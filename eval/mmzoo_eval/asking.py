@@ -1,6 +1,6 @@
 """How items are put to one model: media read, prompts in the family's words, and answers or likelihoods out.
 
-Shape legend: L tokens, V vocabulary.
+Shape legend: L tokens, A tokens of a continuation, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from mmzoo.errors import InputError
 from mmzoo.language import MultimodalLM
 from mmzoo.media import Video, read_image, read_video
+from mmzoo.processing import IMAGE, VIDEO, Turn
 from mmzoo_eval.benchmark import Answers, Benchmark, Frames, Item, Prompt, Protocol, Verdict, lettered
 
 
@@ -103,16 +104,42 @@ def by_likelihood(protocol: Protocol, answers: Answers) -> Protocol:
 
 
 def put(model: MultimodalLM, prompt: Prompt, medium: Any) -> str:
-    """A prompt in a family's words, up to where the model goes on.
+    """A prompt in a family's words, up to where the model goes on. A system text stands as in `opened`."""
+    text = opened(model.processor, [Turn(prompt.user, "", places(all_of(medium)))], prompt.system)
+    return text + model.processor.before_answer + prompt.start if prompt.start else text
 
-    A system text opens the question in families that have no place for one.
+
+def opened(processor: Any, turns: Sequence[Turn], system: str | None = None) -> str:
+    """The text of a dialogue, up to where the model answers its last turn.
+
+    A system text opens the first question in families that have no place for one.
+
+    Args:
+        processor: of the family.
+        turns: from the first on; the answer of the last is not looked at.
+        system: in place of the processor's own system text.
+
+    Raises:
+        InputError: several turns, for a family that takes one.
     """
-    processor, user, system = model.processor, prompt.user, prompt.system
-    place = "" if medium is None else "<video>" if isinstance(medium, Video) else "<image>"
+    first, *others = turns
     if system is not None and not has_system(processor):
-        user, system = f"{system.rstrip()}\n{user}", None
-    text = processor.prompt(user, place, system=system)
-    return text + processor.before_answer + prompt.start if prompt.start else text
+        first, system = first._replace(question=f"{system.rstrip()}\n{first.question}"), None
+    if not others:
+        return processor.prompt(first.question, first.media, system=system)
+    answer = "\ufffc"  # stands for an object in a text, so that no text holds it by itself
+    whole = processor.dialogue([first, *others[:-1], others[-1]._replace(answer=answer)], system)
+    return whole[: whole.rindex(answer)].removesuffix(processor.before_answer)
+
+
+def all_of(medium: Any) -> list[Any]:
+    """Media as a list: of None, of a picture, of a `Video`, or of a list of these."""
+    return list(medium) if isinstance(medium, (list, tuple)) else [] if medium is None else [medium]
+
+
+def places(media: Sequence[Any]) -> str:
+    """The places of media in a text."""
+    return "".join(VIDEO if isinstance(medium, Video) else IMAGE for medium in media)
 
 
 def has_system(processor: Any) -> bool:
@@ -129,17 +156,26 @@ def responses(
 ) -> list[str]:
     """What a model says to a batch of items: its own words, or the letter of the likeliest option."""
     if protocol.answers == "text":
-        return written(model, [put(model, *one) for one in zip(prompts, media)], media, protocol.max_new_tokens)
+        texts = [put(model, *one) for one in zip(prompts, media)]
+        return written(model, texts, media, max_new_tokens=protocol.max_new_tokens, do_sample=False, num_beams=1)
     return [_likeliest(model, protocol.answers, *one) for one in zip(items, prompts, media, strict=True)]
 
 
 @torch.no_grad()
-def written(model: MultimodalLM, texts: Sequence[str], media: Sequence[Any], max_new_tokens: int) -> list[str]:
-    """What a model writes, greedily, to each text, which shows a picture, a `Video` or nothing."""
-    videos = [[medium] if isinstance(medium, Video) else [] for medium in media]
-    images = [[] if medium is None or isinstance(medium, Video) else [medium] for medium in media]
+def written(model: MultimodalLM, texts: Sequence[str], media: Sequence[Any], **generation: Any) -> list[str]:
+    """What a model writes after each text of a batch.
+
+    Args:
+        model: with its processor.
+        texts: as `put` and `opened` give them.
+        media: for each text the picture or `Video` that it shows, a list of these, or None.
+        **generation: options of transformers' `generate`.
+    """
+    shown = [all_of(medium) for medium in media]
+    videos = [[one for one in each if isinstance(one, Video)] for each in shown]
+    images = [[one for one in each if not isinstance(one, Video)] for each in shown]
     batch = model.processor(list(texts), images=images, videos=videos).to(model.device)
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    tokens = model.generate(**batch, **generation)
     return model.processor.tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -153,27 +189,44 @@ def _likeliest(model: MultimodalLM, answers: Answers, item: Item, prompt: Prompt
     return lettered(found.index(max(found)))
 
 
-@torch.no_grad()
 def likelihoods(model: MultimodalLM, text: str, medium: Any, continuations: Sequence[str]) -> list[float]:
     """Mean log-probability of a token of each continuation of a text: the negative of its loss.
+
+    Arguments and errors are those of `continued`.
+    """
+    return [float(one.log_probabilities.mean()) for one in continued(model, text, medium, continuations)]
+
+
+class Continued(NamedTuple):
+    """What a model gives a continuation: the log-probability of each of its tokens, float32 [A]; greedy if each of them
+    is the likeliest.
+    """
+
+    log_probabilities: Tensor
+    greedy: bool
+
+
+@torch.no_grad()
+def continued(model: MultimodalLM, text: str, medium: Any, continuations: Sequence[str]) -> list[Continued]:
+    """How likely a model finds each continuation of a text.
 
     Args:
         model: with its processor.
         text: as `put` gives it.
-        medium: the picture or `Video` that it shows, or None.
+        medium: the picture or `Video` that it shows, a list of these, or None.
         continuations: any number.
 
     Raises:
         InputError: a continuation adds no token.
     """
-    videos = [medium] if isinstance(medium, Video) else []
-    images = [] if medium is None or videos else [medium]
+    videos = [one for one in all_of(medium) if isinstance(one, Video)]
+    images = [one for one in all_of(medium) if not isinstance(one, Video)]
     before, *whole = (model.processor.sample(text + one, images, videos) for one in ("", *continuations))
     ids, layouts, pixels = zip(*whole, strict=True)
     batch = model.processor.collate(ids, layouts, pixels, padding_side="right").to(model.device)
     logits = model(**{name: batch[name] for name in batch if name != "attention_mask"}).logits
     rows = zip(logits, ids, strict=True)
-    return [_mean_log_probability(row, tokens, _shared(before[0], tokens)) for row, tokens in rows]
+    return [_continued(row, tokens, _shared(before[0], tokens)) for row, tokens in rows]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -181,8 +234,9 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
-def _mean_log_probability(logits_LV: Tensor, tokens: Sequence[int], start: int) -> float:
+def _continued(logits_LV: Tensor, tokens: Sequence[int], start: int) -> Continued:
     if start >= len(tokens):
         raise InputError("An option adds no token to the prompt: it is empty, or the tokenizer drops it.")
     told = torch.tensor(tokens[start:], device=logits_LV.device)
-    return float(logits_LV[start - 1 : len(tokens) - 1].float().log_softmax(-1).gather(1, told[:, None]).mean())
+    scores_AV = logits_LV[start - 1 : len(tokens) - 1].float().log_softmax(-1)
+    return Continued(scores_AV.gather(1, told[:, None])[:, 0], bool((scores_AV.argmax(-1) == told).all()))

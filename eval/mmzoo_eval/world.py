@@ -79,7 +79,7 @@ def answers(model: MultimodalLM, asked: Sequence[tuple[Clip, Question]]) -> list
     """What the model says to each (clip, question)."""
     videos = [model.processor.read_video(clip.frames) for clip, _ in asked]
     texts = [put(model, Prompt(question.text), video) for (_, question), video in zip(asked, videos, strict=True)]
-    return [text.strip() for text in written(model, texts, videos, max_new_tokens=4)]
+    return [text.strip() for text in written(model, texts, videos, max_new_tokens=4, do_sample=False)]
 
 
 def levels(clips: Sequence[Clip]) -> dict[str, tuple[float, float]]:
