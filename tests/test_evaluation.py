@@ -427,17 +427,31 @@ def test_files_of_responses_that_are_none(tmp_path: Path) -> None:
         read_results(tmp_path / "missing.jsonl")
 
 
+ROOT = Path(__file__).parent.parent
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "training", ROOT / "eval")))
+RUN = "eval run aki-nano world --limit 60 --batch-size 3 --report 0 -o".split()
+
+
+@pytest.mark.slow
+def test_torchrun_shards_a_run(tmp_path: Path) -> None:
+    main = tmp_path / "main.py"
+    main.write_text("from mmzoo.cli import main\n\nmain()\n")
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    subprocess.run([*torchrun, str(main), *RUN, str(tmp_path / "two")], check=True, env=environment)
+    subprocess.run([sys.executable, str(main), *RUN, str(tmp_path / "one")], check=True, env=environment)
+    assert len(list((tmp_path / "two" / "responses").glob("*.jsonl"))) == 2
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on_where_it_was(tmp_path: Path) -> None:
     """kill -9 at several points, then the same command again, beside a run that was left alone."""
-    root = Path(__file__).parent.parent
-    paths = os.pathsep.join(map(str, (root, root / "kernels", root / "training", root / "eval")))
 
     def command(folder: Path) -> list[str]:
-        words = "eval run aki-nano world --limit 60 --batch-size 3 --report 0 -o".split()
-        return [sys.executable, "-c", "from mmzoo.cli import main; main()", *words, str(folder)]
+        return [sys.executable, "-c", "from mmzoo.cli import main; main()", *RUN, str(folder)]
 
-    settings: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": paths}, "stdout": subprocess.DEVNULL}
+    settings: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": PATHS}, "stdout": subprocess.DEVNULL}
     subprocess.run(command(tmp_path / "whole"), check=True, **settings)
     killed, lines = tmp_path / "killed", tmp_path / "killed" / "responses" / "0-of-1.jsonl"
     for wanted in (5, 20, 44):
