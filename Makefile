@@ -25,7 +25,7 @@ typecheck: $(ENV)
 
 # `python -m pytest` puts the repository root first on sys.path: the harder case for the folder named kernels.
 unit: $(ENV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Without --quiet, which would also silence the warnings that --strict counts. The variable silences the theme's notice
 # about its successor.
