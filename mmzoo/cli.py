@@ -130,7 +130,10 @@ def mask(
     console.print(f"drawn in {draw(found, lay_out(*map(_span, layout.split())), output)}")
 
 
-_EXAMPLES: dict[str, dict[str, Any]] = {"sliding-window": {"window": 4}, "sink-window": {"window": 2, "sink_frames": 1}}
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "sliding-window": {"window": 4},
+    "sink-window": {"window": 2, "sink_frames": 1, "frames_per_block": 1},
+}
 
 
 def _span(word: str) -> Any:
