@@ -515,7 +515,7 @@ class Stream:
         global_sink: whether the sink keeps its keys and values, made under the old prompt, once the clip is longer than
             the window. Without it the oldest frames that are seen become the sink.
         recache_frames: how many frames pass again; as many as the window holds if None.
-        authors_large_sink: what the authors' code does where the sink is larger than a block (their weights are not): the
+        authors_large_sink: what the authors' code does where the sink is larger than a block (no released one is): the
             sink's frames that are not made yet are seen as zeros, and of those made after the first block the noisiest
             pass stays, in place of the clean one.
 
@@ -543,6 +543,8 @@ class Stream:
         self.global_sink, self.authors_large_sink = global_sink, authors_large_sink
         self.cache = LongLiveCache(model, self.size, window)
         self.recache_frames = min(recache_frames or self.cache.frames.window, self.cache.frames.window)
+        if self.recache_frames % model.config.frames_per_block:
+            raise InputError(f"{self.recache_frames} frames that pass again are no whole blocks.")
         if authors_large_sink:
             self.cache.frames.frames = list(range(self.cache.frames.sink))
         self.frame, self._begun = 0, -1
@@ -615,6 +617,13 @@ class Stream:
         self.cache.drop_text()
 
 
+def moments(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of Wan's latents, each [1, X, 1, 1, 1]; those that the model makes have 0 and 1."""
+    config = vae.config
+    mean, deviation = (like.new_tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
+    return mean, deviation
+
+
 class StreamingDecoder:
     """Wan's autoencoder, frame after frame: what blocks give, side by side, is what `decode` gives at once.
 
@@ -629,11 +638,7 @@ class StreamingDecoder:
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, frames, height, width] in [-1, 1] of the next latents [B, X, F, height / 8, width / 8]."""
-        config = self.vae.config
-        mean, scale = (
-            torch.tensor(x, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-            for x in (config.latents_mean, config.latents_std)
-        )
+        config, (mean, scale) = self.vae.config, moments(self.vae, latents)
         x = self.vae.post_quant_conv((latents * scale + mean).to(self.vae.dtype))
         parts = [x] if self.seen[0] is not None else [x[:, :, :1], x[:, :, 1:]]
         pixels = [self._decode(part) for part in parts if part.shape[2]]
