@@ -380,14 +380,18 @@ def test_prompts_change_where_they_are_told_to() -> None:
             rollout.switch(prompts[1:])
     assert all(map(torch.equal, both, live))
     assert not torch.equal(both[-1], second[-1])
-    kept = []
+
+
+def test_ways_to_recache_are_told_to_the_stream() -> None:
+    """With a window of one block more, so that a frame which saw later ones in the recache is still seen."""
+    model, kept = a_model(window=8), []
     for options in ({}, {"recache": "block-causal"}, {"global_sink": False}):
-        told = model.rollout(12, prompt=prompts, switch_frames=[8], **options)
-        assert len(list(told)) == 6
+        told = model.rollout(14, prompt=features(model, 2), switch_frames=[10], **options)
+        assert len(list(told)) == 7
         kept.append(told.stream.latents)
     for other in kept[1:]:
-        assert torch.equal(kept[0][:, :, :2], other[:, :, :2])  # frames 6 and 7, before the change
-        assert (kept[0][:, :, 2:] - other[:, :, 2:]).abs().max() > 1e-4
+        assert torch.equal(kept[0][:, :, :4], other[:, :, :4])  # frames 6 to 9, before the change
+        assert (kept[0][:, :, 4:] - other[:, :, 4:]).abs().max() > 1e-4
 
 
 def test_a_window_of_all_frames_is_as_long_as_the_clip() -> None:
