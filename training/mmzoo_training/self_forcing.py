@@ -10,7 +10,7 @@ width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 
 import mmzoo
 from mmzoo.errors import CheckpointError, DatasetError, InputError, MissingExtra
@@ -196,6 +196,7 @@ class SelfForcing(lightning.LightningModule):
         self.real, self.fake = (build_score(one) for one in (real_score, fake_score))
         self.real.requires_grad_(False)
         self.keeps_real = not isinstance(real_score, str)
+        self.generator.train()
         for model in (self.generator, self.fake):
             if lora is not None:
                 add_lora(model, lora)
@@ -275,6 +276,7 @@ class SelfForcing(lightning.LightningModule):
         if self.stream is None or self.stream.frame + self.new_frames > self.max_frames:
             self._begin(batch, shared)
         assert self.stream is not None
+        self.stream.cache.drop_text()  # made by weights that have changed
         if self.stream.frame == self.switch_frame:
             self.stream.switch(self.later_prompts)
         new = self.new_frames if self.stream.frame else self.chunk_frames
@@ -413,6 +415,48 @@ def add_lora(model: WanTransformer3DModel, options: Mapping[str, Any]) -> None:
         raise InputError(f"lora: {error}") from error
 
 
+class PromptLoader:
+    """Batches of pairs of prompts, in another order each epoch; a resumed run goes on where it stood.
+
+    Args:
+        data: the pairs.
+        batch_size: pairs in a batch.
+        seed: of the order.
+        rank, world_size: which of how many processes, each of which has pairs of its own.
+
+    Raises:
+        DatasetError: there are fewer pairs than a batch of all processes needs.
+    """
+
+    def __init__(self, data: Sequence[dict[str, Any]], batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.data, self.batch_size, self.seed, self.rank, self.world_size = data, batch_size, seed, rank, world_size
+        self.count = 0
+        if not len(self):
+            raise DatasetError("No batch can be filled.", [f"{len(data)} prompts, {batch_size * world_size} a batch"])
+
+    def __len__(self) -> int:
+        return len(self.data) // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch, done = divmod(self.count, len(self))
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+        own = order[self.rank :: self.world_size]
+        for i in range(done, len(self)):
+            self.count += 1
+            chosen = own[i * self.batch_size : (i + 1) * self.batch_size]
+            yield default_collate([self.data[place] for place in chosen])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def _place(trainer: lightning.Trainer | None) -> tuple[int, int]:
+    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
 class PromptData(lightning.LightningDataModule):
     """Prompts from text files, a line each; training needs nothing else.
 
@@ -437,9 +481,8 @@ class PromptData(lightning.LightningDataModule):
             raise DatasetError("Each prompt needs one to change to.", [problem])
         self.data = [{"prompt": prompt, "switch_prompt": later} for prompt, later in zip(*lines, strict=True)]
 
-    def train_dataloader(self) -> DataLoader:
-        order = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.data, self.batch_size, shuffle=True, drop_last=True, generator=order)
+    def train_dataloader(self) -> PromptLoader:
+        return PromptLoader(self.data, self.batch_size, self.seed, *_place(self.trainer))
 
 
 def _lines(path: str) -> list[str]:
@@ -466,11 +509,11 @@ class RandomPromptData(lightning.LightningDataModule):
         super().__init__()
         self.shape, self.batch_size, self.seed = (number, length, width), batch_size, seed
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> PromptLoader:
         random = torch.Generator().manual_seed(self.seed)
         pairs = [torch.randn(self.shape, generator=random) for _ in range(2)]
         data = [
             {"prompt": prompt, "switch_prompt": later, "negative_prompt": torch.zeros(self.shape[1:])}
             for prompt, later in zip(*pairs, strict=True)
         ]
-        return DataLoader(data, self.batch_size, drop_last=True)
+        return PromptLoader(data, self.batch_size, self.seed, *_place(self.trainer))
