@@ -243,6 +243,9 @@ def test_without_a_global_sink_the_oldest_frames_become_it() -> None:
     stream.keep(latents(model, 2, seed=7))
     assert set(held(stream)) == {4, 5, 10, 11, 12, 13}
     assert same(held(stream), kept, {4, 5})
+    resumed, block = Stream(model, prompts[:1], global_sink=False), latents(model, 2, seed=8)
+    resumed.load_state_dict(saved(stream.state_dict()))
+    assert torch.equal(*(last_flows(one, block, (500.0,))[0] for one in (stream, resumed)))
     few = fed(model, x[:, :, :10], prompts[:1], global_sink=False, recache_frames=4)
     few.switch(prompts[1:])
     assert set(held(few)) == {6, 7, 8, 9}
@@ -493,6 +496,15 @@ def test_the_authors_release_is_read(release: Path) -> None:
     base = longlive.read_parts(release, "longlive-tiny", dtype=torch.bfloat16)
     assert base.dtype == torch.bfloat16
     assert differ(base.blocks[0].attn1.to_q.weight.float(), model.blocks[0].attn1.to_q.weight)
+
+
+def test_an_adapter_counts_as_much_as_its_alpha_says() -> None:
+    state = {"a.weight": torch.zeros(3, 4)}
+    lora = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(3, 2)}
+    for alpha, expected in ((None, 2.0), (2, 2.0), (8, 8.0)):
+        assert (longlive.merge_lora(state, lora, alpha=alpha)["a.weight"] == expected).all()
+    with pytest.raises(CheckpointError, match="unexpected: b"):
+        longlive.merge_lora({"b.weight": torch.zeros(3, 4)}, {name.replace("a.", "b.", 1): x for name, x in lora.items()} | {"b.lora_C": torch.ones(1)})  # fmt: skip  # noqa: E501
 
 
 def test_an_authors_file_that_does_not_fit_is_an_error(release: Path) -> None:

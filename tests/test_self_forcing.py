@@ -169,6 +169,22 @@ def test_an_image_is_what_the_autoencoder_makes_of_one_frame() -> None:
     torch.testing.assert_close(image_latent(model, x), expected)
 
 
+def test_a_later_chunk_begins_with_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, given = a_module(chunk_frames=6, new_frames=2, max_frames=8), []
+
+    def image(model: LongLive, x: torch.Tensor) -> torch.Tensor:
+        given.append(x)
+        return torch.full_like(x[:, :, -1:], 7.0)
+
+    monkeypatch.setattr(self_forcing, "image_latent", image)
+    (batch,) = list(RandomPromptData(number=1, batch_size=1).train_dataloader())
+    first, _ = module.next_chunk(batch, torch.Generator(), False)
+    second, counted = module.next_chunk(batch, torch.Generator(), True)
+    assert torch.equal(given[0], first[:, :, :3])
+    assert (second[:, :, 0] == 7).all() and torch.equal(second[:, :, 1:4], first[:, :, 3:])
+    assert counted.tolist() == [False] * 4 + [True] * 2 and second.requires_grad
+
+
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: one.detach().clone() for name, one in model.named_parameters()}
 

@@ -284,15 +284,12 @@ class SelfForcing(lightning.LightningModule):
         exit_step = int(torch.randint(0, len(self.generator.config.denoising_steps), (), generator=shared))
         made = self_forced(self.stream, noise, exit_step, random, gradient)
         kept = self.chunk_frames - new
-        if kept:
-            before = self.chunk[:, :, : self.chunk_frames - kept + 1]
-            parts = [image_latent(self.generator, before), self.chunk[:, :, self.chunk_frames - kept + 1 :]]
-            chunk = torch.cat([*parts, made], 2)
-        else:
-            chunk = made
-        # What the next chunk overlaps with are frames as they were made, not as an image.
-        self.chunk = torch.cat([self.chunk[:, :, new:], made.detach()], 2) if kept else made.detach()
-        return chunk, torch.arange(self.chunk_frames, device=chunk.device) >= kept
+        if kept:  # a chunk begins with an image, as a clip does
+            first = new + 1
+            image = image_latent(self.generator, self.chunk[:, :, :first])
+            made = torch.cat([image, self.chunk[:, :, first:], made], 2)
+        self.chunk = made.detach()
+        return made, torch.arange(self.chunk_frames, device=made.device) >= kept
 
     def _begin(self, batch: Mapping[str, Any], shared: torch.Generator) -> None:
         """New clips, and where their prompt changes; clips of one chunk keep theirs."""
