@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmzoo.registry import Entry
 
 HUB, PACKAGE = "hf-hub:", "package:"
-_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "projector/*.bin"]
+_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "projector/*.bin", "models/*.pt"]
 _OLDER_FILES = ["pytorch_model*.bin"]  # read as tensors only, never unpickled
 _WEIGHTS = [
     f"{stem}{rest}"
@@ -64,7 +64,8 @@ def locate(place: str, *, token: str | None = None, endpoint: str | None = None)
         folder = Path(str(resources.files("mmzoo") / "assets" / place.removeprefix(PACKAGE)))
     else:
         folder = Path(place)
-    if not any((folder / name).is_file() for name in ("config.json", ADAPTER)) and not any(folder.glob(f"*/{ADAPTER}")):
+    parts = (*folder.glob(f"*/{ADAPTER}"), *folder.glob("models/*.pt"))
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER)) and not parts:
         raise CheckpointError(f"No checkpoint at {place}: {folder} has no config.json.")
     _check_links(folder)
     return folder
@@ -316,8 +317,9 @@ def _load_generator(
     from mmzoo.registry import generators
 
     name = str(described["_class_name"])
-    module = entry.module if entry else generators().get(name)
-    if module is None or module.MODEL.__name__ != name:
+    known = [entry.module] if entry else list(generators().values())
+    module = next((one for one in known if one.MODEL.__name__ == name or _is_release(one, described)), None)
+    if module is None:
         raise CheckpointError(f"{place} is a checkpoint of diffusers' {name}, which is no generator of mmzoo.")
     check_files(folder, entry.sha256 if entry and place == entry.weights else None, verify=verify)
     try:
@@ -335,6 +337,10 @@ def _load_generator(
         )
     model.name_or_path = place
     return model
+
+
+def _is_release(module: ModuleType, described: Mapping[str, Any]) -> bool:
+    return hasattr(module, "is_release") and module.is_release(described)
 
 
 def _read_own(folder: Path, module: ModuleType) -> tuple[Any, Any]:

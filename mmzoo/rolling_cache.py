@@ -14,7 +14,8 @@ Shape legend: B batch, F frames of a block, S slots that are taken, N tokens a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,28 @@ class RollingKVCache:
             buffer[:, place] = new[:, start * count : stop * count]
         return buffer[:, : len(self.frames) * count]
 
+    def past_first(self) -> list[int]:
+        """All slots: those of other frames than the block's, and then the block's in its order."""
+        own = [slot for slot in self._slots if slot is not None]
+        return [slot for slot in range(len(self.frames)) if slot not in own] + own
+
+    def past(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Copies of the keys and values [B, (S - F) N, H, D] of other frames than the block's; None without any.
+
+        For a pass that must not write, since it has gradients: its own keys go behind these.
+
+        Raises:
+            InputError: a frame of the block has no slot, so that what it sees is not these and its own.
+        """
+        if None in self._slots:
+            raise InputError("A pass that does not write needs a slot for each of its frames.")
+        slots = self.past_first()[: len(self.frames) - len(self.block)]
+        key, value = self.keys[layer], self.values[layer]
+        if not slots or key is None or value is None:
+            return None
+        key, value = (x.unflatten(1, (self.window, -1))[:, slots].flatten(1, 2) for x in (key, value))
+        return key, value
+
     def _runs(self) -> list[tuple[int, int, int]]:
         """(first, end, slot) of the block's frames that stand side by side in the buffer."""
         runs: list[tuple[int, int, int]] = []
@@ -146,6 +169,22 @@ class RollingKVCache:
         return [ordered.index(frame) for frame in self.frames], [
             sum(other < frame for other in ordered) for frame in self.block
         ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all that it holds, as `torch.load(weights_only=True)` reads it."""
+        buffers = {"keys": self.keys, "values": self.values}
+        copies = {name: [None if x is None else x.clone() for x in parts] for name, parts in buffers.items()}
+        return {"frames": list(self.frames), "first_frame": self.first_frame, **copies}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold what another cache of the same size held. Raises InputError if it had other layers or another window."""
+        if len(state["keys"]) != len(self.keys) or len(state["frames"]) > self.window:
+            raise InputError("This state is of a cache with other layers or a larger window.")
+        self.reset(int(state["first_frame"]))
+        self.frames = list(state["frames"])
+        self.keys, self.values = (
+            [None if x is None else x.clone() for x in state[name]] for name in ("keys", "values")
+        )
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,7 @@ suffixes of tensor names come from the case's own files.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -446,15 +447,9 @@ RUNNERS: dict[tuple[str, str, str], Runner] = {
 
 def run_case(case: Case) -> list[Comparison] | None:
     """The comparisons of one case; None if no runner knows it."""
-    import parity_choice  # which build on this module
-    import parity_llava
-    import parity_open
-    import parity_video_ccam
-    import parity_visualchat
-
     runners = dict(RUNNERS)
-    for module in (parity_choice, parity_llava, parity_open, parity_video_ccam, parity_visualchat):
-        runners |= module.RUNNERS
+    for path in sorted(Path(__file__).parent.glob("parity_*.py")):  # the others build on this module
+        runners |= importlib.import_module(path.stem).RUNNERS
     for (system, kind, beginning), runner in runners.items():
         if (case.system, case.kind) == (system, kind) and case.name.startswith(beginning):
             return list(runner(case))

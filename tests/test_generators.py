@@ -22,7 +22,7 @@ DRIFT = Entry(
 )
 NAMES = [name for name in mmzoo.list_models() if entry(name).library == "diffusers"]
 SMALL = [*(name for name in NAMES if name.endswith(("-tiny", "-nano"))), "drift-tiny"]
-SIZES: dict[str, tuple[int, int]] = {}
+SIZES: dict[str, tuple[int, int]] = {"longlive-1.3b": (825, 1_418_996_800)}
 """Name -> tensors and parameters, as the specification gives them."""
 
 

@@ -103,6 +103,10 @@ def run(parity: ModuleType, root: Path, *options: str) -> tuple[int, list[dict[s
     ("case", "tensor"),
     [
         ("longlive/block_masks", "mask2"),
+        ("longlive/flow_scheduler", "x_t"),
+        ("longlive/kv_recache_global_sink", "switch1_cache_k_block1"),
+        ("longlive/lora", "x0_pred"),
+        ("longlive/self_attention_cache", "indices"),
         ("video-ccam-definition/mask", "mask_T7_L3_N16_ceil"),
         ("video-ccam-definition/mask", "visible_frames_T96_N1024_block"),
         ("cca-llava/masks_positions", "layout4_position_ids"),

@@ -72,8 +72,8 @@ def block_causal(frames_per_block: int = 1, *, window: int | None = None, first_
     return Rule("block-causal", (see(everything, everything, past), see(everything, everything, itself)))
 
 
-def sink_window(window: int, sink_frames: int, frames_per_block: int = 1) -> Rule:
-    """Block causal with a window that always keeps the first frames in view (LongLive's cache).
+def sink_window(window: int = 12, sink_frames: int = 3, frames_per_block: int = 3) -> Rule:
+    """Block causal with a window that always keeps the first frames in view (LongLive's cache, by default its sizes).
 
     Args:
         window: how many frames a block sees in all, the sink and itself included.

@@ -19,6 +19,8 @@ _VISUALCHAT = {
     "paper": "arXiv:2309.14327",
 }
 
+_LONGLIVE = {"family": "longlive", "task": "text-to-video", "rule": "sink-window", "scheme": "absolute-rope", "library": "diffusers", "paper": "arXiv:2509.22622"}  # fmt: skip  # noqa: E501
+
 register(Entry("aki-4b", **_AKI, summary="SigLIP-so400m, Perceiver resampler, Phi-3.5-mini", weights="hf-hub:Sony/AKI-4B-phi-3.5-mini", license="cc-by-nc-4.0", base_model=(SIGLIP, PHI_35), datasets=("Salesforce/blip3-kale", "Salesforce/blip3-ocr-200m")))  # fmt: skip  # noqa: E501
 register(Entry("aki-tiny", **_AKI, summary="AKI's classes at test size, random weights"))
 register(Entry("aki-nano", **_AKI, summary="AKI's classes at 0.3 M parameters, trained in the synthetic world", weights="package:aki-nano", license="apache-2.0", sha256={"model.safetensors": "51a1ce238948df7e7810e26520cd99fc64da44328e282cf4b5962ab97308bd34"}))  # fmt: skip  # noqa: E501
@@ -47,3 +49,6 @@ register(Entry("video-ccam-4b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM proje
 register(Entry("video-ccam-7b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Qwen2.5-7B-Instruct", weights="hf-hub:JaronTHU/Video-CCAM-7B-v1.2", license="apache-2.0", base_model=(SIGLIP, QWEN)))  # fmt: skip  # noqa: E501
 register(Entry("video-ccam-tiny", **_CCAM, summary="Video-CCAM's classes at test size, random weights"))
 register(Entry("video-ccam-nano", **_CCAM, summary="Video-CCAM's classes at 0.3 M parameters, trained in the synthetic world", weights="package:video-ccam-nano", license="apache-2.0", sha256={"model.safetensors": "fc500d45959aca2c29d4334c4ab98dce5bbc0991a94e8ffc5a37b550484a8f74"}))  # fmt: skip  # noqa: E501
+
+register(Entry("longlive-1.3b", **_LONGLIVE, summary="Wan2.1-T2V-1.3B made causal: blocks of 3 frames, a sink of 3 in a window of 12, four steps, KV-recache", weights="hf-hub:Efficient-Large-Model/LongLive-1.3B", license="unknown", base_model=("Wan-AI/Wan2.1-T2V-1.3B",)))  # fmt: skip  # noqa: E501
+register(Entry("longlive-tiny", **_LONGLIVE, summary="LongLive's classes at test size, in pixels, random weights"))
