@@ -143,3 +143,28 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(CheckpointError, match="no generator of mmzoo"):
         mmzoo.load(str(tmp_path / "a"), verify=False)
+
+
+def test_a_wan_of_diffusers_is_loaded_under_longlives_window(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    tiny = mmzoo.create("longlive-tiny")
+    wan = WanTransformer3DModel(**{key: tiny.config[key] for key in entry("longlive-tiny").module._WAN})
+    wan.save_pretrained(tmp_path)
+    model = mmzoo.load("longlive-tiny", weights=str(tmp_path))
+    assert model.rule.name == "sink-window"
+    assert model.state_dict().keys() == wan.state_dict().keys()
+    assert all(torch.equal(one, wan.state_dict()[key]) for key, one in model.state_dict().items())
+    assert type(mmzoo.load(str(tmp_path))) is type(model)
+
+
+def test_the_authors_longlive_is_loaded_by_its_name(tmp_path: Path) -> None:
+    model = a_model("longlive-tiny")
+    model.save_pretrained(tmp_path / "own")
+    module = entry("longlive-tiny").module
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointError, match="config.json"):
+        mmzoo.load("longlive-tiny", weights=str(tmp_path))
+    (tmp_path / module.BASE).write_bytes(b"no file of torch")
+    with pytest.raises(CheckpointError):
+        mmzoo.load("longlive-tiny", weights=str(tmp_path))
