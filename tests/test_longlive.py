@@ -492,6 +492,8 @@ def test_the_authors_release_is_read(release: Path) -> None:
     with torch.no_grad():
         flow = model(given["x"].transpose(1, 2), given["timestep"], given["prompt_embeds"]).sample
     torch.testing.assert_close(flow.transpose(1, 2), said["flow_pred"], atol=1e-4, rtol=1e-4)
+    named = mmzoo.load("longlive-tiny", weights=str(release))
+    assert torch.equal(named.blocks[0].attn1.to_q.weight, model.blocks[0].attn1.to_q.weight)
     (release / longlive.LORA).unlink()
     base = longlive.read_parts(release, "longlive-tiny", dtype=torch.bfloat16)
     assert base.dtype == torch.bfloat16
