@@ -66,7 +66,7 @@ def card(
         "import mmzoo",
         "",
         f'model = mmzoo.load("{address or entry.name}"' + (")" if entry.weights else ", weights=None)"),
-        f'model.ask("{source}", "what colour is the square")',
+        *([f'model.ask("{source}", "what colour is the square")'] if entry.library == "transformers" else []),
         "```",
         "",
     ]
