@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +91,8 @@ def test_a_rotation_tells_how_far_apart_rows_and_columns_are() -> None:
     query, key = (rotate(torch.randn(8).expand(1, 16, 1, 8), turned)[0, :, 0] for _ in range(2))
     scores = (query @ key.T).view(4, 4, 4, 4)  # [row, column, row, column]
     torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1])
-    assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-2
+    same, right, below = scores[0, 0, 0, 0], scores[0, 0, 0, 1], scores[0, 0, 1, 0]
+    assert min((same - right).abs(), (same - below).abs(), (right - below).abs()) > 1e-2
     content, _ = layouts(torch.arange(16)[None], 4)
     assert not rotate(torch.randn(1, 16, 1, 8), rotation(content, 8, 100.0))[0, 0].any()
 
@@ -133,6 +136,25 @@ def test_tokens_are_predicted_from_their_places(model: ARPG) -> None:
     codes[0, [last, before]] = codes[0, [before, last]]
     changed = (model(codes, batch["class_labels"], orders) != model(**batch)).any(-1)[0]
     assert changed.tolist() == [False] * 14 + [True, True]
+
+
+def test_rows_of_the_embedding_are_codes_mask_classes_and_no_class(model: ARPG) -> None:
+    codes, orders = torch.arange(16)[None] + 7, torch.arange(16)[None]
+    for label, row in ((0, 33), (4, 37), (5, 38)):
+        model.zero_grad()
+        model(codes, torch.tensor([label]), orders).square().sum().backward()
+        read = model.embeddings.weight.grad.any(-1).nonzero().flatten().tolist()
+        assert read == [*range(7, 22), 32, row]  # the last code is not read
+
+
+def test_codes_are_put_where_their_targets_were(model: ARPG) -> None:
+    def options() -> dict[str, Any]:
+        return {"steps": 6, "temperature": 5.0, "generator": torch.Generator().manual_seed(0)}
+
+    made, placed = model.generate(torch.tensor([3]), **options())[0].tolist(), {}
+    for step in model.decode(torch.tensor([3]), **options()):
+        placed.update(zip(step.places.tolist(), step.codes[0].tolist()))
+    assert [placed[place] for place in range(16)] == made and len(set(made)) > 3
 
 
 def test_images_of_a_batch_are_those_made_one_by_one(model: ARPG) -> None:
@@ -239,13 +261,19 @@ def test_images_are_what_the_tokenizer_says(model: ARPG, tokenizer: VQModel) -> 
 
 
 def test_images_one_after_another_into_a_file(model: ARPG, tokenizer: VQModel, tmp_path: Path) -> None:
-    options = {"seed": 3, "prompt": "2", "tokenizer": tokenizer, "steps": 4, "top_k": 1}
-    path = generate(model, tmp_path / "images.mp4", 3, **options)
-    assert read_video(path, sampling="all").frames.shape == (3, 8, 8, 3)
-    (tmp_path / "images.mp4.parts").mkdir()
-    torch.save({"key": "another tokenizer's"}, tmp_path / "images.mp4.parts" / "state.pt")
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    options = {"seed": 3, "prompt": "2", "steps": 4, "top_k": 1}
+    path, other = tmp_path / "images.mp4", copy.deepcopy(tokenizer)
+    torch.nn.init.normal_(other.decoder.conv_out.weight)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, path, 3, advance=stop, tokenizer=tokenizer, **options)
     with pytest.raises(InputError, match="Another clip"):
-        generate(model, path, 3, **options)
+        generate(model, path, 3, tokenizer=other, **options)
+    generate(model, path, 3, tokenizer=tokenizer, **options)
+    assert read_video(path, sampling="all").frames.shape == (3, 8, 8, 3)
 
 
 def test_another_class_from_the_next_image_on(model: ARPG, tokenizer: VQModel) -> None:
