@@ -80,6 +80,8 @@ def _key(model: Generator, num_frames: int, options: dict[str, Any]) -> str:
 
 
 def _told(value: Any) -> Any:
+    if isinstance(value, torch.nn.Module):
+        return weights_sha256(value.state_dict())
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return hashlib.sha256(np.ascontiguousarray(np.asarray(value)).tobytes()).hexdigest()
     return value

@@ -17,12 +17,18 @@ from mmzoo.generation import Generator
 from mmzoo.registry import Entry, entry
 from tests import drift
 
+ROOT = Path(__file__).resolve().parent.parent
 DRIFT = Entry(
     "drift-tiny", "tests.drift", "text-to-video", "causal-temporal", "sequential", "none", "Noise", library="diffusers"
 )
 NAMES = [name for name in mmzoo.list_models() if entry(name).library == "diffusers"]
 SMALL = [*(name for name in NAMES if name.endswith(("-tiny", "-nano"))), "drift-tiny"]
-SIZES: dict[str, tuple[int, int]] = {"longlive-1.3b": (825, 1_418_996_800)}
+SIZES: dict[str, tuple[int, int]] = {
+    "longlive-1.3b": (825, 1_418_996_800),
+    "arpg-300m": (198, 319_845_376),
+    "arpg-700m": (294, 718_997_760),
+    "arpg-1b": (390, 1_302_449_664),
+}
 """Name -> tensors and parameters, as the specification gives them."""
 
 
@@ -63,6 +69,11 @@ def test_entry_and_model_agree(name: str) -> None:
     assert model.rule.name == entry(name).rule == model.rule_name
     assert isinstance(model, Generator) and not model.training
     assert entry(name).summary in card(entry(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_is_there_and_current(name: str) -> None:
+    assert (ROOT / "model_cards" / f"{name}.md").read_text() == card(entry(name))
 
 
 @pytest.mark.parametrize("name", SMALL)

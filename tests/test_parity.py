@@ -59,6 +59,8 @@ def test_every_case_has_a_verdict_and_no_other(verdicts: dict[str, dict[str, Any
         "video-ccam",
         "video-ccam-definition",
         "longlive",
+        "arpg",
+        "arflow",
         "eval",
     }
     assert {case.split("/")[0] for case in CASES} >= systems
@@ -128,6 +130,10 @@ def run(parity: ModuleType, root: Path, *options: str) -> tuple[int, list[dict[s
         ("video-ccam-definition/projector", "output_frames_reversed"),
         ("video-ccam/glue_v10_phi3", "multi_logits"),
         ("video-ccam/glue_v10_phi3", "textonly_labels"),
+        ("arpg/training_forward", "freqs_cis"),
+        ("arpg/generate_linear_arccos", "logits_step3"),
+        ("arpg/generate_constant_cosine", "tokens"),
+        ("arflow/hybrid_linear_attention", "last_state"),
     ],
 )
 def test_one_wrong_element_fails(parity: ModuleType, tmp_path: Path, case: str, tensor: str) -> None:

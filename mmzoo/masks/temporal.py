@@ -111,5 +111,5 @@ def teacher_forcing(frames_per_block: int = 1) -> Rule:
 
 
 def scale_causal() -> Rule:
-    """A token of one scale (segment) sees its own and coarser, earlier scales whole (HieraTok)."""
+    """A token of one segment sees its own and earlier segments whole: scales of HieraTok, decoding steps of ARPG."""
     return Rule("scale-causal", (see(everything, everything, not_after(segment)),))

@@ -3,6 +3,7 @@
 from mmzoo.registry import Entry, register
 
 VIDEO, IMAGE = "video-text-to-text", "image-text-to-text"
+NEW_IMAGE = "unconditional-image-generation"  # the Hub's word for images of a class, too
 SIGLIP, CLIP, VICUNA = "google/siglip-so400m-patch14-384", "openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"
 PHI_3, PHI_3_MEDIUM, PHI_35 = "microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-medium-4k-instruct", "microsoft/Phi-3.5-mini-instruct"  # fmt: skip  # noqa: E501
 YI, QWEN = "01-ai/Yi-1.5-9B-Chat", "Qwen/Qwen2.5-7B-Instruct"
@@ -11,6 +12,7 @@ _LLAVA = {"family": "llava", "task": IMAGE, "rule": "causal", "scheme": "sequent
 _CCA = {"family": "cca_llava", "task": IMAGE, "rule": "concentric-causal", "scheme": "concentric", "paper": "arXiv:2410.15926"}  # fmt: skip  # noqa: E501
 _TC = {"family": "tc_llava", "task": VIDEO, "rule": "frame-block-causal", "scheme": "temporal-dual", "paper": "arXiv:2409.03206"}  # fmt: skip  # noqa: E501
 _CCAM = {"family": "video_ccam", "task": VIDEO, "rule": "causal", "connector_rule": "ccam", "scheme": "sequential", "paper": "arXiv:2408.14023"}  # fmt: skip  # noqa: E501
+_ARPG = {"family": "arpg", "library": "diffusers", "task": NEW_IMAGE, "rule": "scale-causal", "scheme": "rope-2d", "paper": "arXiv:2503.10568"}  # fmt: skip  # noqa: E501
 _VISUALCHAT = {
     "family": "visualchat",
     "task": IMAGE,
@@ -52,3 +54,7 @@ register(Entry("video-ccam-nano", **_CCAM, summary="Video-CCAM's classes at 0.3 
 
 register(Entry("longlive-1.3b", **_LONGLIVE, summary="Wan2.1-T2V-1.3B made causal: blocks of 3 frames, a sink of 3 in a window of 12, four steps, KV-recache", weights="hf-hub:Efficient-Large-Model/LongLive-1.3B", license="unknown", base_model=("Wan-AI/Wan2.1-T2V-1.3B",)))  # fmt: skip  # noqa: E501
 register(Entry("longlive-tiny", **_LONGLIVE, summary="LongLive's classes at test size, in pixels, random weights"))
+register(Entry("arpg-300m", **_ARPG, summary="ARPG-L: images of ImageNet's classes by randomised parallel decoding, 320 M parameters"))  # fmt: skip  # noqa: E501
+register(Entry("arpg-700m", **_ARPG, summary="ARPG-XL: images of ImageNet's classes by randomised parallel decoding, 719 M parameters"))  # fmt: skip  # noqa: E501
+register(Entry("arpg-1b", **_ARPG, summary="ARPG-XXL: images of ImageNet's classes by randomised parallel decoding, 1.3 B parameters"))  # fmt: skip  # noqa: E501
+register(Entry("arpg-tiny", **_ARPG, summary="ARPG's classes at test size, random weights"))
