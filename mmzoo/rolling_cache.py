@@ -14,7 +14,8 @@ Shape legend: B batch, F frames of a block, S slots that are taken, N tokens a f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,6 +147,22 @@ class RollingKVCache:
         return [ordered.index(frame) for frame in self.frames], [
             sum(other < frame for other in ordered) for frame in self.block
         ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all that it holds, as `torch.load(weights_only=True)` reads it."""
+        buffers = {"keys": self.keys, "values": self.values}
+        copies = {name: [None if x is None else x.clone() for x in parts] for name, parts in buffers.items()}
+        return {"frames": list(self.frames), "first_frame": self.first_frame, **copies}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold what another cache of the same size held. Raises InputError if it had other layers or another window."""
+        if len(state["keys"]) != len(self.keys) or len(state["frames"]) > self.window:
+            raise InputError("This state is of a cache with other layers or a larger window.")
+        self.reset(int(state["first_frame"]))
+        self.frames = list(state["frames"])
+        self.keys, self.values = (
+            [None if x is None else x.clone() for x in state[name]] for name in ("keys", "values")
+        )
 
     @property
     def nbytes(self) -> int:

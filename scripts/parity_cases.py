@@ -448,11 +448,12 @@ def run_case(case: Case) -> list[Comparison] | None:
     """The comparisons of one case; None if no runner knows it."""
     import parity_llava  # which build on this module
     import parity_open
+    import parity_vid_gpt
     import parity_video_ccam
     import parity_visualchat
 
     runners = RUNNERS | parity_llava.RUNNERS | parity_video_ccam.RUNNERS | parity_visualchat.RUNNERS
-    runners |= parity_open.RUNNERS
+    runners |= parity_open.RUNNERS | parity_vid_gpt.RUNNERS
     for (system, kind, beginning), runner in runners.items():
         if (case.system, case.kind) == (system, kind) and case.name.startswith(beginning):
             return list(runner(case))

@@ -59,6 +59,7 @@ def test_every_case_has_a_verdict_and_no_other(verdicts: dict[str, dict[str, Any
         "video-ccam",
         "video-ccam-definition",
         "longlive",
+        "vid-gpt",
         "eval",
     }
     assert {case.split("/")[0] for case in CASES} >= systems
