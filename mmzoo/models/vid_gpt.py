@@ -400,6 +400,8 @@ class ViDGPT(Generator):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        for layer in (self.time_embed.linear_1, self.time_embed.linear_2, self.time_modulation):
+            nn.init.normal_(layer.weight, std=0.02)
         silent = [self.proj_out]
         for block in self.blocks:
             silent += [

@@ -16,13 +16,12 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-import mmzoo
 from mmzoo import hub
 from mmzoo.errors import InputError
-from mmzoo.models.vid_gpt import ViDGPT, progressive
+from mmzoo.models.vid_gpt import CONFIGS, ViDGPT, progressive
 from mmzoo.world import make_bouncing_clip
 from mmzoo_training.finetune import check_fits
 
@@ -193,8 +192,8 @@ class ClipData(lightning.LightningDataModule):
         self.prompt_frames, self.first_seed = tuple(prompt_frames), first_seed
         self.validation_batches = validation_batches
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(ClipBatches(self, "train"), batch_size=None)
+    def train_dataloader(self) -> ClipBatches:
+        return ClipBatches(self, "train")
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(ClipBatches(self, "val", self.validation_batches), batch_size=None)
@@ -204,7 +203,7 @@ class VideoDiffusion(lightning.LightningModule):
     """Trains a generator of pixels on clips: the loss is on the noisy frames, the clean ones are slightly noised.
 
     Args:
-        name: a registered model.
+        name: of the family's configurations.
         config: fields of its configuration to change.
         lr: peak learning rate of one cycle.
         warmup: part of the cycle that it rises.
@@ -224,7 +223,8 @@ class VideoDiffusion(lightning.LightningModule):
         weight_decay: float = 0.0,
     ):
         super().__init__()
-        self.model: ViDGPT = mmzoo.create(name, **(config or {}))
+        self.model = ViDGPT.build({**CONFIGS[name], **(config or {})}, torch.float32)
+        open_gates(self.model)
         self.chain = Chain(self.model.build_scheduler())
         self.lr, self.warmup, self.perturb = lr, warmup, perturb
         self.begin_drop, self.weight_decay = begin_drop, weight_decay
@@ -258,14 +258,33 @@ class VideoDiffusion(lightning.LightningModule):
         return hub.save(self.model.eval(), folder)
 
 
+def open_gates(model: ViDGPT) -> None:
+    """Let every layer speak from the start.
+
+    The authors begin from another model's weights, to which layers that say nothing are added. Without those weights
+    gates that let an eighth through, and attention that begins at zero, only take time.
+    """
+    with torch.no_grad():
+        for block in model.blocks:
+            block.scale_shift_table[[2, 5]] = 1.0
+            for name in ("attn_temp", "attn_cf", "cross_attn"):
+                if hasattr(block, name):
+                    nn.init.xavier_uniform_(getattr(block, name).proj.weight)
+
+
 def drawn_loss(
-    model: ViDGPT, chain: Chain, clean: Tensor, num_prompt_frames: int, perturb: int, begin_drop: float
+    model: ViDGPT, chain: Chain, clean: Tensor, num_prompt_frames: int, perturb: int, begin_drop: float, late: float = 1.0
 ) -> Tensor:
-    """The mean loss of clips [B, X, F, h, w] in training, with all that is random drawn from torch's generator."""
+    """The mean loss of clips [B, X, F, h, w] in training, with all that is random drawn from torch's generator.
+
+    Args:
+        late: 1 draws timesteps evenly; more, and noisy ones are drawn more often.
+    """
     batch, _, count = clean.shape[:3]
     config, length = model.config, len(chain.betas)
     noise = progressive(torch.randn_like(clean), config.progressive_noise)
-    t = torch.randint(1, length, (batch,))  # 0 is what clean frames have
+    # 0 is what clean frames have. Where there is more noise, frames are known from those before them alone.
+    t = length - 1 - ((length - 1) * torch.rand(batch) ** late).long()
     hidden = torch.rand(batch, 1, 1, 1) < begin_drop
     clean = clean.clone()
     clean[:, :, 0] = torch.where(hidden.to(clean.device), model.begin_of_video, clean[:, :, 0])
