@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,34 @@ def test_clean_frames_have_timestep_0_and_the_mask_channel_tells_them() -> None:
     by_frame = model(clip, torch.tensor([[0, 0, 800, 800]]), num_prompt_frames=2)
     assert torch.equal(said, by_frame)
     assert (model(clip, torch.tensor([[0, 0, 800, 800]])) - said).abs().max() > 1e-3
+
+
+def test_only_the_mask_channel_tells_frames_at_the_same_timestep_apart() -> None:
+    for mask_channel in (True, False):
+        model = build(mask_channel=mask_channel, prefix_attention=None)
+        clip, t = latents(4, model), torch.zeros(1, 4)
+        same = torch.equal(model(clip, t, num_prompt_frames=2), model(clip, t, num_prompt_frames=0))
+        assert same != mask_channel
+
+
+def test_joint_attention_is_one_softmax_over_a_frame_and_those_looked_back_at() -> None:
+    model = build(num_layers=1, prefix_attention="joint", rule="causal-temporal")
+    block, x = model.blocks[0], torch.randn(1, 5, 4, 16).double()
+    step = SimpleNamespace(prompt=3, cache=None, attention="sdpa")
+    query, key, value = block.attn.split(x)
+    for frame in range(5):
+        seen = [frame, *([2, 1, 0] if frame >= 3 else [])]
+        keys, values = (y[0, seen].flatten(0, 1) for y in (key, value))
+        weights = (torch.einsum("qhd,khd->hqk", query[0, frame], keys) * 8**-0.5).softmax(-1)
+        expected = block.attn.proj(torch.einsum("hqk,khd->qhd", weights, values).flatten(-2))
+        torch.testing.assert_close(block.in_frames(block.attn, x, step, True, own=True)[0, frame], expected)
+
+
+def test_a_recomputed_rollout_sees_its_window_and_no_more() -> None:
+    model, seen = build(), []
+    model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    list(model.rollout(15, frames=frames(2), cached=False, num_steps=1))
+    assert seen == [2 + 3, 5 + 3, 6 + 3, 6 + 3, 6 + 3]
 
 
 def test_cyclic_positions_come_round_and_absolute_ones_end() -> None:
@@ -329,3 +358,5 @@ def test_the_autoencoder_stands_between_pixels_and_latents() -> None:
     pixels = torch.from_numpy(frames(2, 32)).movedim(-1, 1).double() / 127.5 - 1
     expected = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(0)) * 0.18215
     torch.testing.assert_close(latent[0].transpose(0, 1), expected)
+    shown = vae.decode(latent[0].transpose(0, 1) / 0.18215).sample
+    assert torch.equal(model.decode_frames(latent), ((shown + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1))

@@ -149,12 +149,20 @@ def fit(folder: Path, steps: int, trace: Path, resume: Path | None = None) -> li
     lightning.seed_everything(0)
     module = VideoDiffusion("vid-gpt-nano", {**SMALL, "chunk_frames": 3, "window": 4, "max_frames": 7}, lr=1e-3)
     data = ClipData(size=8, batch_size=2, chunk_frames=3, prompt_frames=(1, 4), validation_batches=2)
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)
     trainer = lightning.Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, default_root_dir=folder,
-        num_sanity_val_steps=0, val_check_interval=2, check_val_every_n_epoch=None, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[ExactResume(), LossTrace(str(trace)),
-                   lightning.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)],
-    )  # fmt: skip
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ExactResume(), LossTrace(str(trace)), saving],
+    )
     trainer.fit(module, data, ckpt_path=resume)
     return trainer
 

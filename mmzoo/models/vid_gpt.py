@@ -400,8 +400,6 @@ class ViDGPT(Generator):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        for layer in (self.time_embed.linear_1, self.time_embed.linear_2, self.time_modulation):
-            nn.init.normal_(layer.weight, std=0.02)
         silent = [self.proj_out]
         for block in self.blocks:
             silent += [
@@ -889,15 +887,16 @@ def read_release(folder: Path, described: Mapping[str, Any]) -> Any:
 
 MODEL = ViDGPT
 _NANO = {
-    "sample_size": (32, 32),
+    "sample_size": (16, 16),
     "in_channels": 3,
     "patch_size": 4,
     "hidden_size": 64,
     "num_layers": 4,
     "num_attention_heads": 4,
     "learn_sigma": False,
-    "window": 9,
-    "max_frames": 17,
+    "window": 5,
+    "chunk_frames": 4,
+    "max_frames": 9,
     "scheduler": {
         "_class_name": "DDIMScheduler",
         "beta_schedule": "squaredcos_cap_v2",

@@ -84,7 +84,7 @@ def _found(frames: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def report(
-    clips: Sequence[Clip], frames: Sequence[np.ndarray], given: int, ahead: Sequence[int] = (1, 2, 4, 8, 16, 32, 55)
+    clips: Sequence[Clip], frames: Sequence[np.ndarray], given: int, ahead: Sequence[int] = (1, 2, 4, 8, 16, 32)
 ) -> dict[int, tuple[float, float]]:
     """Frames after the given ones -> share of objects kept, and mean error in pixels of those that are."""
     all_fates = [fate for clip, one in zip(clips, frames) for fate in fates(clip, one)]

@@ -16,7 +16,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from mmzoo import hub
@@ -173,17 +173,17 @@ class ClipData(lightning.LightningDataModule):
         size: height and width.
         batch_size: B.
         chunk_frames: frames to be made, after
-        prompt_frames: clean ones, of which each batch takes the next number in turn: 1, and 1 and whole chunks.
+        prompt_frames: clean ones; each batch takes the next of these numbers in turn, 1 or 1 and whole chunks.
         first_seed: of the clips.
         validation_batches: of the fixed set.
     """
 
     def __init__(
         self,
-        size: int = 32,
-        batch_size: int = 8,
-        chunk_frames: int = 8,
-        prompt_frames: Sequence[int] = (1, 9),
+        size: int = 16,
+        batch_size: int = 20,
+        chunk_frames: int = 4,
+        prompt_frames: Sequence[int] = (5, 5, 1),
         first_seed: int = 0,
         validation_batches: int = 8,
     ):
@@ -259,21 +259,20 @@ class VideoDiffusion(lightning.LightningModule):
 
 
 def open_gates(model: ViDGPT) -> None:
-    """Let every layer speak from the start.
-
-    The authors begin from another model's weights, to which layers that say nothing are added. Without those weights
-    gates that let an eighth through, and attention that begins at zero, only take time.
-    """
+    """Let every layer's output through at the start; the gates of random weights let an eighth of it through."""
     with torch.no_grad():
         for block in model.blocks:
             block.scale_shift_table[[2, 5]] = 1.0
-            for name in ("attn_temp", "attn_cf", "cross_attn"):
-                if hasattr(block, name):
-                    nn.init.xavier_uniform_(getattr(block, name).proj.weight)
 
 
 def drawn_loss(
-    model: ViDGPT, chain: Chain, clean: Tensor, num_prompt_frames: int, perturb: int, begin_drop: float, late: float = 1.0
+    model: ViDGPT,
+    chain: Chain,
+    clean: Tensor,
+    num_prompt_frames: int,
+    perturb: int,
+    begin_drop: float,
+    late: float = 1.0,
 ) -> Tensor:
     """The mean loss of clips [B, X, F, h, w] in training, with all that is random drawn from torch's generator.
 
