@@ -40,7 +40,7 @@ def build(device: str) -> ViDGPT:
 
 def chunks(model: ViDGPT, frames: int, steps: int, cached: bool) -> tuple[list[float], list[torch.Tensor], int]:
     """Seconds and latents of each chunk after one "begin of video" frame, and bytes of the cache."""
-    rollout: ViDGPTRollout = model.rollout(frames, num_steps=steps, cached=cached)
+    rollout: ViDGPTRollout = model.rollout(frames, steps=steps, cached=cached)
     seconds, made = [], []
     while sum(one.shape[2] for one in made) < frames:
         start = now(model)

@@ -173,7 +173,7 @@ def test_joint_attention_is_one_softmax_over_a_frame_and_those_looked_back_at() 
 def test_a_recomputed_rollout_sees_its_window_and_no_more() -> None:
     model, seen = build(), []
     model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
-    list(model.rollout(15, frames=frames(2), cached=False, num_steps=1))
+    list(model.rollout(15, given=frames(2), cached=False, steps=1))
     assert seen == [2 + 3, 5 + 3, 6 + 3, 6 + 3, 6 + 3]
 
 
@@ -216,7 +216,7 @@ def test_saved_and_loaded_it_says_the_same(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = ViDGPT.from_pretrained(tmp_path).eval()
     assert again.config.scheduler == model.config.scheduler and again.rule == model.rule
-    one, other = (torch.cat(list(each.rollout(5, seed=3, num_steps=2))) for each in (model, again))
+    one, other = (torch.cat(list(each.rollout(5, seed=3, steps=2))) for each in (model, again))
     assert torch.equal(one, other)
 
 
@@ -228,7 +228,7 @@ def frames(count: int, size: int = 4) -> np.ndarray:
 def test_a_cached_rollout_is_a_recomputed_one_until_frames_are_forgotten(given_frames: int) -> None:
     model = build(progressive_noise=2.0, window=7, max_frames=10)
     given = frames(given_frames) if given_frames else None
-    options = {"seed": 5, "frames": given, "perturb": 20}
+    options = {"seed": 5, "given": given, "perturb": 20}
     once, again = (model.rollout(7, cached=cached, **options) for cached in (True, False))
     for _ in range(2):
         torch.testing.assert_close(once.next_latents(), again.next_latents(), atol=1e-8, rtol=1e-8)
@@ -236,12 +236,12 @@ def test_a_cached_rollout_is_a_recomputed_one_until_frames_are_forgotten(given_f
 
 def test_given_frames_come_first_and_chunks_follow() -> None:
     model = build()
-    blocks = list(model.rollout(9, frames=frames(2)))
+    blocks = list(model.rollout(9, given=frames(2)))
     assert [len(block) for block in blocks] == [2, 3, 3, 1]
     assert np.array_equal(blocks[0].numpy(), frames(2))
     assert all(block.dtype == torch.uint8 and block.shape[1:] == (4, 4, 3) for block in blocks)
     assert [len(block) for block in model.rollout(4)] == [3, 1]
-    larger = list(model.rollout(2, frames=np.full((1, 8, 12, 3), 77, np.uint8)))
+    larger = list(model.rollout(2, given=np.full((1, 8, 12, 3), 77, np.uint8)))
     assert (larger[0] == 77).all() and larger[0].shape == (1, 4, 4, 3)
 
 
@@ -249,7 +249,7 @@ def test_given_frames_come_first_and_chunks_follow() -> None:
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_resumed_rollout_goes_on_as_the_unbroken_one(after: int, cached: bool) -> None:
     model = build()
-    options = {"seed": 2, "frames": frames(2), "cached": cached, "perturb": 20}
+    options = {"seed": 2, "given": frames(2), "cached": cached, "perturb": 20}
     whole = torch.cat(list(model.rollout(14, **options)))
     first = model.rollout(14, **options)
     begun = [next(first) for _ in range(after)]
@@ -288,13 +288,31 @@ def test_guidance_goes_from_the_null_caption_towards_the_prompt() -> None:
 def test_another_prompt_changes_what_comes_and_a_switch_is_kept_in_the_state() -> None:
     model = build(caption_channels=8)
     words = [(torch.randn(1, 6, 8).double(), torch.ones(1, 6).long()) for _ in range(2)]
-    one, other = (model.rollout(9, frames=frames(1), prompt=prompt) for prompt in (words[0], words[0]))
+    one, other = (model.rollout(9, given=frames(1), prompt=prompt) for prompt in (words[0], words[0]))
     assert all(torch.equal(one.next_latents(), other.next_latents()) for _ in range(2))
     other.switch(words[1])
-    resumed = model.rollout(9, frames=frames(1), prompt=words[0])
+    resumed = model.rollout(9, given=frames(1), prompt=words[0])
     resumed.load_state_dict(other.state_dict())
     expected = other.next_latents()
     assert torch.equal(resumed.next_latents(), expected) and not torch.equal(one.next_latents(), expected)
+
+
+def test_prompts_take_turns_at_their_frames(tmp_path: Path) -> None:
+    model = build(caption_channels=8)
+    words = [(torch.randn(1, 6, 8).double(), torch.ones(1, 6).long()) for _ in range(2)]
+    options = {"given": frames(1), "prompt": words, "switches": [5]}
+    planned, by_hand = model.rollout(13, **options), model.rollout(13, given=frames(1), prompt=words[0])
+    for begin in (0, 1, 4, 7, 10):  # the chunk from frame 4 on began before the switch
+        assert planned.done == begin
+        if begin == 7:
+            by_hand.switch(words[1])
+            resumed = model.rollout(13, **options)
+            resumed.load_state_dict(planned.state_dict())
+        assert torch.equal(next(planned), next(by_hand))
+        if begin >= 7:
+            next(resumed)
+            assert torch.equal(resumed.denoising.text[0], words[1][0])
+    assert torch.equal(planned.cache.temporal.keys[1], resumed.cache.temporal.keys[1])
 
 
 @given(st.floats(0, 4))
@@ -325,6 +343,7 @@ def test_what_a_rollout_refuses() -> None:
     for options, said in (
         ({"prompt": "a sky"}, "takes no prompt"),
         ({"guidance": 2.0}, "give one"),
+        ({"switches": [3]}, "0 switches, not 1"),
     ):
         with pytest.raises(InputError, match=said):
             model.rollout(4, **options)
@@ -351,7 +370,7 @@ def test_the_autoencoder_stands_between_pixels_and_latents() -> None:
     vae = AutoencoderKL(**blocks, block_out_channels=[4] * 4, norm_num_groups=2, layers_per_block=1, latent_channels=4)
     model.load_parts(vae=vae.double().eval())
     assert "vae" not in dict(model.named_children())
-    shown = list(model.rollout(4, frames=frames(1, 32)))
+    shown = list(model.rollout(4, given=frames(1, 32)))
     assert [block.shape for block in shown] == [(1, 32, 32, 3), (3, 32, 32, 3)]
     latent = model.encode_frames(torch.from_numpy(frames(2, 32)), torch.Generator().manual_seed(0))
     assert latent.shape == (1, 4, 2, 4, 4)

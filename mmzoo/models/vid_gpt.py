@@ -20,7 +20,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
@@ -59,6 +58,7 @@ RULES = {
     "prompt-causal": prompt_causal,
     "bidirectional": masks.bidirectional,
 }
+Prompt = str | tuple[Tensor, Tensor]
 IDDPM = {
     "_class_name": "DDPMScheduler",
     "beta_schedule": "linear",
@@ -607,9 +607,57 @@ class ViDGPT(Generator):
             raise InputError(f"{self.config.in_channels} channels are no pixels, and the configuration names no vae.")
         return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).cpu()
 
-    def rollout(self, num_frames: int, *, seed: int = 0, **options: Any) -> ViDGPTRollout:
-        """Begin a clip; see `ViDGPTRollout` for what else it takes."""
-        return ViDGPTRollout(self, num_frames, seed=seed, **options)
+    def rollout(
+        self,
+        num_frames: int,
+        *,
+        seed: int = 0,
+        given: Any = None,
+        prompt: Prompt | Sequence[Prompt] | None = None,
+        switches: Sequence[int] = (),
+        steps: int | None = None,
+        guidance: float = 1.0,
+        perturb: int | None = None,
+        cached: bool | None = None,
+    ) -> ViDGPTRollout:
+        """Begin a clip.
+
+        Args:
+            num_frames: frames in all, given ones included.
+            seed: of all noise.
+            given: frames uint8 [G, H, W, 3] to go on from. Without them the clip begins after the "begin of video"
+                frame, which is not given out.
+            prompt: words, or text features [1, L, E] with their mask [1, L]; or several, for `switches`. Without it the
+                null caption is taken.
+            switches: frames from which on each prompt after the first counts, ascending; a chunk has the prompt that it
+                begins with.
+            steps: denoising steps; the configuration's if None.
+            guidance: scale of classifier-free guidance.
+            perturb: timestep of the noise on clean frames; the configuration's if None.
+            cached: whether keys and values are kept. False computes the frames in the window again in every step, as a
+                bidirectional model has to.
+
+        Raises:
+            InputError: a prompt without text, guidance without a prompt, prompts that are not one more than switches,
+                or a cache under a rule that allows none.
+        """
+        prompts = [prompt] if isinstance(prompt, (str, tuple)) else list(prompt or [])
+        if len(switches) != max(0, len(prompts) - 1):
+            raise InputError(f"{len(prompts)} prompts need {max(0, len(prompts) - 1)} switches, not {len(switches)}.")
+        if guidance != 1.0 and not prompts:
+            raise InputError("Guidance is away from the null caption and towards a prompt: give one.")
+        shared = self.config.rule != "bidirectional"
+        if cached and not shared:
+            raise InputError("Under a bidirectional rule clean frames see noisy ones: their keys cannot be kept.")
+        return ViDGPTRollout(
+            Denoising(self, self.build_scheduler(steps), guidance=guidance),
+            num_frames,
+            seed,
+            given=None if given is None else torch.as_tensor(np.asarray(given)),
+            prompts=list(zip((0, *switches), prompts)),
+            perturb=self.config.prefix_perturb if perturb is None else perturb,
+            cached=shared if cached is None else cached,
+        )
 
 
 def _check_fields(config: Any) -> None:
@@ -737,60 +785,38 @@ class Denoising:
 class ViDGPTRollout(Rollout):
     """A clip chunk by chunk: given frames first, as they are after encoding, then what the model makes of noise.
 
-    Args:
-        model: in evaluation mode.
-        num_frames: frames in all, given ones included.
-        seed: of all noise.
-        frames: given frames, uint8 [G, H, W, 3]. Without them the clip begins after the "begin of video" frame, which
-            is not given out.
-        prompt: words, or text features [1, L, E] with their mask [1, L]. Without it the null caption is taken.
-        num_steps: denoising steps; the configuration's if None.
-        guidance: scale of classifier-free guidance.
-        perturb: timestep of the noise on clean frames; the configuration's if None.
-        cached: whether keys and values are kept. False computes the frames in the window again in every step, as a
-            bidirectional model has to.
+    `ViDGPT.rollout` says what its options mean.
 
-    Raises:
-        InputError: a prompt without text, guidance without a prompt, a cache under a rule that allows none, or more
-            frames than absolute positions.
+    Attributes:
+        planned: (frame, text) of the prompts that are still to come.
+        written: frames that later chunks may see, the "begin of video" frame included.
     """
 
     model: ViDGPT
 
     def __init__(
         self,
-        model: ViDGPT,
+        denoising: Denoising,
         num_frames: int,
+        seed: int,
         *,
-        seed: int = 0,
-        frames: Any = None,
-        prompt: str | tuple[Tensor, Tensor] | None = None,
-        num_steps: int | None = None,
-        guidance: float = 1.0,
-        perturb: int | None = None,
-        cached: bool | None = None,
+        given: Tensor | None,
+        prompts: Sequence[tuple[int, Prompt]],
+        perturb: int,
+        cached: bool,
     ):
-        super().__init__(model, num_frames, seed)
-        config = model.config
-        alone = config.rule == "bidirectional"
-        if cached and alone:
-            raise InputError("Under a bidirectional rule clean frames see noisy ones: their keys cannot be kept.")
-        if guidance != 1.0 and prompt is None:
-            raise InputError("Guidance is away from the null caption and towards a prompt: give one.")
-        self.cache = ViDGPTCache(model) if (not alone if cached is None else cached) else None
-        self.denoising = Denoising(model, model.build_scheduler(num_steps), guidance=guidance)
-        if prompt is not None:
-            self.denoising.text = self._encoded(prompt)
-        self.perturb = config.prefix_perturb if perturb is None else perturb
+        super().__init__(denoising.model, num_frames, seed)
+        model, config = denoising.model, denoising.model.config
+        self.denoising, self.given, self.perturb = denoising, given, perturb
+        self.planned = [(frame, self._encoded(words)) for frame, words in prompts]
+        self.cache = ViDGPTCache(model) if cached else None
         self.seen: Tensor | None = None
         self.written = 0
-        self.given = None if frames is None else torch.as_tensor(np.asarray(frames))
         whole = -(-num_frames // config.chunk_frames) * config.chunk_frames
-        shape = (1, config.in_channels, whole, *config.sample_size)
-        noise = torch.randn(shape, generator=self.random)
+        noise = torch.randn((1, config.in_channels, whole, *config.sample_size), generator=self.random)
         self.noise = progressive(noise, config.progressive_noise).to(model.device, model.dtype)
 
-    def _encoded(self, prompt: str | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _encoded(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             return self.model.encode_prompt(prompt) if isinstance(prompt, str) else prompt
 
@@ -801,6 +827,8 @@ class ViDGPTRollout(Rollout):
     @torch.no_grad()
     def next_latents(self) -> Tensor:
         """The next frames [1, X, F, h, w]: the given ones or one chunk."""
+        while self.planned and self.planned[0][0] <= self.done:
+            self.denoising.text = self.planned.pop(0)[1]
         if self.written == 0:
             begin = self.model.begin_of_video[None, :, None]
             first = begin if self.given is None else self.model.encode_frames(self.given, self.random)
@@ -833,7 +861,8 @@ class ViDGPTRollout(Rollout):
         return self.model.decode_frames(self.next_latents())
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"written": self.written, "text": list(self.denoising.text), "seen": self.seen}
+        state: dict[str, Any] = {"written": self.written, "seen": self.seen}
+        state |= {"text": list(self.denoising.text), "planned": len(self.planned)}
         return state | ({} if self.cache is None else {"cache": self.cache.state_dict()})
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -841,6 +870,7 @@ class ViDGPTRollout(Rollout):
             raise InputError("This state is of a rollout with keys kept where this one has none, or the reverse.")
         self.written, self.seen = int(state["written"]), state["seen"]
         self.denoising.text = tuple(state["text"])
+        self.planned = self.planned[len(self.planned) - int(state["planned"]) :]
         if self.cache is not None:
             self.cache.load_state_dict(state["cache"])
 
@@ -875,14 +905,22 @@ def from_authors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def is_release(described: Mapping[str, Any]) -> bool:
-    """False: nothing was released."""
-    return False
+def example_inputs(model: ViDGPT, batch_size: int) -> dict[str, Any]:
+    """What `forward` takes: clean and noisy frames, and text where there is any."""
+    config = model.config
+    count, width, length = config.prefix_frames + config.chunk_frames, config.caption_channels, config.caption_length
+    text = {"encoder_hidden_states": torch.randn(batch_size, length, width)} if width else {}
+    return {
+        "sample": torch.randn(batch_size, config.in_channels, count, *config.sample_size),
+        "timestep": torch.linspace(100, 900, batch_size),
+        "num_prompt_frames": config.prefix_frames,
+        **text,
+    }
 
 
-def read_release(folder: Path, described: Mapping[str, Any]) -> Any:
-    """Raises CheckpointError: nothing was released. `from_authors` renames a state dict of the authors' code."""
-    raise CheckpointError(f"{folder} is no checkpoint of ViD-GPT: its authors released none.")
+def example_options(model: ViDGPT) -> dict[str, Any]:
+    """A rollout that needs no download."""
+    return {"steps": 2}
 
 
 MODEL = ViDGPT
