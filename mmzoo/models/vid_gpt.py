@@ -954,7 +954,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vid-gpt-tiny": {
         "sample_size": (8, 8),
         "in_channels": 3,
-        "hidden_size": 32,
+        "hidden_size": 16,
         "num_layers": 2,
         "num_attention_heads": 2,
         "caption_channels": 16,
