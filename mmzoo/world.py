@@ -191,6 +191,50 @@ def make_clip(seed: int, *, split: Split = "train", size: int = 32, num_frames: 
     return Clip(kind, objects, tuple(questions), background, _render(objects, background, size, num_frames))
 
 
+def make_bouncing_clip(seed: int, *, split: Split = "train", size: int = 32, num_frames: int = 64) -> Clip:
+    """Makes a clip of any length in which one or two objects go to and fro for good; nothing is asked about it.
+
+    They move along one axis, each on a line of its own, at a steady speed, and turn at the edges. So who saw a few
+    frames knows all that come.
+
+    Args:
+        seed: any integer.
+        split: as in `make_clip`.
+        size: height and width of the frames.
+        num_frames: frames of the clip; a longer one of the same seed begins as a shorter one does.
+
+    Raises:
+        ValueError: an unknown split, or a size or number of frames below 1.
+    """
+    if split not in SPLITS or size < 1 or num_frames < 1:
+        raise ValueError(f"No clip with split={split!r} (of {SPLITS}), size={size}, num_frames={num_frames}.")
+    rng = Random(f"mmzoo.world/bouncing/{split}/{seed}")
+    looks = _looks(rng, 1 if split == "unseen" else rng.randint(1, 2), split == "unseen")
+    radius, upright = rng.uniform(0.10, 0.125), rng.random() < 0.5
+    lanes = [rng.uniform(radius, 1 - radius)]
+    while len(lanes) < len(looks):
+        lane = rng.uniform(radius, 1 - radius)
+        lanes += [lane] if abs(lane - lanes[0]) > 2.4 * radius else []
+    objects = []
+    for (colour, shape), lane in zip(looks, lanes):
+        knots = _to_and_fro(rng.uniform(0, 2), rng.uniform(0.03, 0.06), radius, num_frames)
+        path = tuple((time, lane, along) if upright else (time, along, lane) for time, along in knots)
+        objects.append(Object(colour, shape, radius, 0, 1, path))
+    background = rng.randint(10, 60)
+    return Clip("appear", tuple(objects), (), background, _render(tuple(objects), background, size, num_frames))
+
+
+def _to_and_fro(phase: float, speed: float, radius: float, num_frames: int) -> list[tuple[float, float]]:
+    """(time, place) of the turns between `radius` and 1 - `radius`: phase 0 to 1 there, 1 to 2 back; speed a frame."""
+    length = 1 - 2 * radius
+    phases = phase, phase + speed * num_frames / length
+    turns = [float(turn) for turn in range(int(phases[0]) + 1, int(phases[1]) + 1)]
+    return [
+        ((p - phases[0]) / (phases[1] - phases[0]), radius + length * (1 - abs(p % 2 - 1)))
+        for p in (phases[0], *(turn for turn in turns if turn < phases[1]), phases[1])
+    ]
+
+
 def write_clip(clip: Clip, path: str | Path, *, size: int = 128, num_frames: int | None = None, fps: float = 8) -> None:
     """Writes a clip as an H.264 file.
 

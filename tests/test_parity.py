@@ -61,6 +61,7 @@ def test_every_case_has_a_verdict_and_no_other(verdicts: dict[str, dict[str, Any
         "longlive",
         "arpg",
         "arflow",
+        "vid-gpt",
         "eval",
     }
     assert {case.split("/")[0] for case in CASES} >= systems

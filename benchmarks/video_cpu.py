@@ -1,0 +1,117 @@
+"""Cached against recomputed generation by ViD-GPT, and the cost of each chunk, side by side in one run.
+
+python benchmarks/video_cpu.py [--device cpu] [--json benchmarks/results/video_cpu.json]
+
+On a CPU the shape is that of ViD-GPT-XL made smaller; on "cuda" it is ViD-GPT-XL itself, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from mmzoo.files import replacing
+from mmzoo.models.vid_gpt import CONFIGS, ViDGPT, ViDGPTRollout
+
+SMALLER = {"sample_size": (16, 16), "hidden_size": 192, "num_layers": 6, "num_attention_heads": 4}
+NO_PARTS = {"vae": None, "text_encoder": None, "caption_channels": 0}
+
+
+def build(device: str) -> ViDGPT:
+    """ViD-GPT-XL, or its small twin, with random weights and without text, as the authors time it."""
+    torch.manual_seed(0)
+    fields = {**CONFIGS["vid-gpt-xl"], **NO_PARTS, **(SMALLER if device == "cpu" else {})}
+    with torch.device(device):
+        model = ViDGPT.build(fields, torch.float32 if device == "cpu" else torch.bfloat16)
+    model.eval().requires_grad_(False)
+    for layer in model.modules():  # some begin at zero, and would say nothing
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.any():
+            torch.nn.init.normal_(layer.weight, std=0.02)
+    return model
+
+
+def chunks(model: ViDGPT, frames: int, steps: int, cached: bool) -> tuple[list[float], list[torch.Tensor], int]:
+    """Seconds and latents of each chunk after one "begin of video" frame, and bytes of the cache."""
+    rollout: ViDGPTRollout = model.rollout(frames, steps=steps, cached=cached)
+    seconds, made = [], []
+    while sum(one.shape[2] for one in made) < frames:
+        start = now(model)
+        made.append(rollout.next_latents())
+        seconds.append(now(model) - start)
+    return seconds, made, rollout.cache.nbytes if rollout.cache else 0
+
+
+def now(model: ViDGPT) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(model: ViDGPT, frames: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Both ways by turns: a busy moment of the machine meets both."""
+    chunks(model, model.config.chunk_frames, 1, cached=True)
+    runs: dict[bool, list[list[float]]] = {True: [], False: []}
+    stored, made = 0, {}
+    for _ in range(rounds):
+        for cached in (True, False):
+            seconds, made[cached], size = chunks(model, frames, steps, cached)
+            runs[cached].append(seconds)
+            stored = max(stored, size)
+    cached, recomputed = ([min(times) for times in zip(*runs[way])] for way in (True, False))
+    config = model.config
+    kept = config.window + config.chunk_frames + config.prefix_frames
+    formula = 2 * config.num_layers * model.tokens_per_frame * config.hidden_size * kept * model.dtype.itemsize
+    before = (config.window - 1) // config.chunk_frames
+    apart = (torch.cat(made[True][:before], 2) - torch.cat(made[False][:before], 2)).abs().max()
+    return {
+        "frames": frames,
+        "denoising steps": steps,
+        "seconds, cached": sum(cached),
+        "seconds, recomputed": sum(recomputed),
+        "ratio": sum(recomputed) / sum(cached),
+        "ratio, window full": recomputed[-1] / cached[-1],
+        "seconds a frame of each chunk, cached": [one / config.chunk_frames for one in cached],
+        "seconds a frame of each chunk, recomputed": [one / config.chunk_frames for one in recomputed],
+        "largest difference before eviction": float(apart),
+        "largest value": float(torch.cat(made[True][:before], 2).abs().max()),
+        "bytes of the cache": stored,
+        "bytes by the formula": formula,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--frames", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps a chunk")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build(options.device)
+    on_cpu = options.device == "cpu"
+    results = {
+        "date": date.today().isoformat(),
+        "device": f"{platform.machine()} CPU, one thread" if on_cpu else torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "shape": {
+            name: model.config[name] for name in ("sample_size", "hidden_size", "num_layers", "window", "chunk_frames")
+        },
+        **measure(model, options.frames, options.steps, options.rounds),
+    }
+    path = options.json or Path(__file__).parent / "results" / f"video_{'cpu' if on_cpu else 'gpu'}.json"
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
