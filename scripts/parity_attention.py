@@ -144,7 +144,7 @@ def relay(case: Case) -> Iterator[Comparison]:
     prefix, own = ([inputs[f"{part}_{name}"].transpose(1, 2) for name in "kv"] for part in ("prefix", "user"))
     mask = (torch.arange(own[0].shape[2]) < inputs["user_len"][:, None])[:, None, None]
     found = {
-        "_prefix": prefix_attention(query, *prefix, scale),
+        "_prefix": prefix_attention(query, *prefix, scale=scale),
         "_user": softmax_attention(query, *own, mask, scale),
         "": relay_attention(query, prefix, own, mask, scale),
     }

@@ -218,13 +218,13 @@ def test_a_part_without_open_keys_adds_nothing_whatever_it_holds() -> None:
 @given(batch=st.integers(1, 3), queries=st.integers(1, 4), seed=seeds)
 def test_relay_attention_is_attention_to_prefix_and_own(batch: int, queries: int, seed: int) -> None:
     query, *rest = drawn(seed, (batch, 4, queries, 3), *[(1, 2, 7, 3)] * 2, *[(batch, 2, 5, 3)] * 2)
-    mask = torch.rand(batch, 1, queries, 5) < 0.5
-    out, lse = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]), mask)
-    whole = [
-        torch.cat([prefix.expand(batch, -1, -1, -1), own], 2) for prefix, own in zip(rest[:2], rest[2:], strict=True)
-    ]
-    opened = torch.cat([torch.ones(batch, 1, queries, 7, dtype=torch.bool), mask], 3)
-    torch.testing.assert_close((out, lse), softmax_attention(query, *whole, opened))
+    opened = torch.rand(batch, 1, queries, 12) < 0.5
+    whole = [torch.cat([prefix.expand(batch, -1, -1, -1), own], 2) for prefix, own in zip(rest[:2], rest[2:])]
+    prefix_mask, mask = opened.split([7, 5], 3)
+    found = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]), mask, prefix_mask=prefix_mask)
+    torch.testing.assert_close(found, softmax_attention(query, *whole, opened))
+    found = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]))
+    torch.testing.assert_close(found, softmax_attention(query, *whole))
 
 
 @pytest.mark.parametrize("one", list_attentions(), ids=lambda one: one.name)

@@ -12,14 +12,17 @@ from torch import Tensor
 from mmzoo_kernels.softmax import merge_states, softmax_attention
 
 
-def prefix_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Output [B, H, Q, D] and log-sum-exp [B, H, Q] over keys and values that exist once, [1, G, P, D].
 
-    The queries of the whole batch become one sample's, so that the prefix is read once.
+    The queries of the whole batch become one sample's, so that the prefix is read once. `mask` is bool [B, 1, Q, P].
     """
-    together = query.transpose(0, 1).flatten(1, 2)[None]  # [1, H, B Q, D]
-    out, lse = softmax_attention(together, key, value, scale=scale)
     split = (query.shape[0], query.shape[2])
+    together = query.transpose(0, 1).flatten(1, 2)[None]  # [1, H, B Q, D]
+    opened = None if mask is None else mask.transpose(0, 1).flatten(1, 2)[None]
+    out, lse = softmax_attention(together, key, value, opened, scale)
     return out[0].unflatten(1, split).transpose(0, 1), lse[0].unflatten(1, split).transpose(0, 1)
 
 
@@ -29,14 +32,17 @@ def relay_attention(
     own: tuple[Tensor, Tensor],
     mask: Tensor | None = None,
     scale: float | None = None,
+    prefix_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over [prefix, own]: output [B, H, Q, D] and log-sum-exp [B, H, Q].
 
     Args:
-        query: [B, H, Q, D]; every one sees the whole prefix.
+        query: [B, H, Q, D].
         prefix: keys and values [1, G, P, D].
         own: keys and values [B, G, U, D].
-        mask: bool, broadcast to [B, H, Q, U]: what a query may see of its own sample.
+        mask: bool, broadcast to [B, H, Q, U]: what a query may see of its own sample; None is all.
         scale: D ** -0.5 if None.
+        prefix_mask: bool [B, 1, Q, P]: what a query may see of the prefix; None is all.
     """
-    return merge_states(*prefix_attention(query, *prefix, scale), *softmax_attention(query, *own, mask, scale))
+    shared = prefix_attention(query, *prefix, prefix_mask, scale)
+    return merge_states(*shared, *softmax_attention(query, *own, mask, scale))

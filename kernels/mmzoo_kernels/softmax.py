@@ -23,16 +23,18 @@ def softmax_attention(
         mask: bool, broadcast to [B, H, Q, K], True = may attend; None opens everything.
         scale: D ** -0.5 if None.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    precision = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(precision) @ key.to(precision).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    grouped, precision = (key.shape[1], -1), torch.promote_types(query.dtype, torch.float32)
+    # A group's queries as rows of one product: no key or value is repeated.
+    rows = query.unflatten(1, grouped).flatten(2, 3).to(precision)
+    scores = rows @ key.to(precision).mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.unflatten(2, (-1, query.shape[2])).flatten(1, 2)  # [B, H, Q, K]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)
     # Where nothing is open, -inf - -inf would be NaN, in the gradient too.
     weights = (scores - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()
-    return (weights @ value.to(precision)).to(value.dtype), lse
+    out = weights.unflatten(1, grouped).flatten(2, 3) @ value.to(precision)
+    return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).to(value.dtype), lse
 
 
 def merge_states(one: Tensor, one_lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
