@@ -122,6 +122,14 @@ _ALL = (
         "arXiv 2402.14808",
         "mmzoo_kernels.relay:relay_attention",
     ),
+    AttentionAlgorithm(
+        "mixture-of-contexts",
+        "N (C D + (text + shot + k chunks) (D + E)) with C chunks",
+        "N (D + E), and a mean key a chunk",
+        ("full self",),
+        "arXiv 2508.21058",
+        "mmzoo_kernels.contexts:mixture_of_contexts",
+    ),
 )
 
 

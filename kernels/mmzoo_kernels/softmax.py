@@ -49,3 +49,18 @@ def merge_states(one: Tensor, one_lse: Tensor, other: Tensor, other_lse: Tensor)
         weight = (part_lse - reference).exp()[..., None]
         merged = merged + torch.where(weight > 0, part * weight, 0)
     return merged.to(one.dtype), lse
+
+
+def merge_parts(outs: Tensor, lses: Tensor, owner: Tensor, owners: int) -> tuple[Tensor, Tensor]:
+    """`merge_states` of any number of parts: output [owners, E] and log-sum-exp [owners].
+
+    Args:
+        outs: [parts, E]; lses: [parts], finite.
+        owner: int64 [parts], whose part it is. An owner without parts gets 0 and -inf.
+    """
+    largest = lses.new_full((owners,), -torch.inf).scatter_reduce(0, owner, lses.detach(), "amax")
+    weights = (lses - largest[owner]).exp()
+    total = weights.new_zeros(owners).index_add(0, owner, weights)
+    summed = weights.new_zeros(owners, outs.shape[1]).index_add(0, owner, weights[:, None] * outs)
+    none = total == 0
+    return (summed / total.masked_fill(none, 1)[:, None]).to(outs.dtype), total.log() + largest.masked_fill(none, 0)

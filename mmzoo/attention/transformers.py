@@ -86,7 +86,8 @@ def _mmzoo_eager(
     _refuse_more_than_a_mask("eager", kwargs)
     if shared_prefix is not None:
         _refuse_dropout("a shared prefix", module, dropout)
-        output = shared_prefix.attend(int(module.layer_idx), query, key, value, attention_mask, scaling)
+        layer: Any = module.layer_idx
+        output = shared_prefix.attend(layer, query, key, value, attention_mask, scaling)
         return output.transpose(1, 2).contiguous(), None
     output, weights = eager_attention(query, key, value, attention_mask, scaling, dropout if module.training else 0.0)
     return output.transpose(1, 2).contiguous(), weights
