@@ -51,6 +51,14 @@ _ALL = (
         "softmax", "Q K (D + E)", _EVERY_TOKEN, PATTERNS, "arXiv 1706.03762", "mmzoo_kernels.softmax:softmax_attention"
     ),
     AttentionAlgorithm(
+        "masked",
+        "open tiles (D + E)",
+        _EVERY_TOKEN,
+        PATTERNS,
+        "fused kernels of this package, under any compact mask; one softmax or several",
+        "mmzoo_kernels.flash:masked_attention",
+    ),
+    AttentionAlgorithm(
         "lightning-2",
         "N (chunk (D + E) + D E)",
         "D E",
