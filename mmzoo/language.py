@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmzoo import masks, positions
 from mmzoo.asking import Asking
 from mmzoo.attention.compiler import looks_ahead
+from mmzoo.attention.prefix import PrefixCache
 from mmzoo.attention.transformers import (
     IMPLEMENTATIONS,
     PAIR_IMPLEMENTATIONS,
@@ -361,11 +362,22 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
             use_cache=bool(use_cache) or cache is not None,
             logits_to_keep=logits_to_keep,
             **passed_on(attention_mask),
+            **self._shared(cache),
             **{CACHE: cache},
             **kwargs,
         )
         outputs.loss = None if labels is None else next_token_loss(outputs.logits, labels)
         return outputs
+
+    def _shared(self, cache: Cache | None) -> dict[str, PrefixCache]:
+        """What tells attention of a prefix that exists once for the whole batch."""
+        if not isinstance(cache, PrefixCache):
+            return {}
+        chosen = self.language_model.config._attn_implementation
+        if chosen != IMPLEMENTATIONS["eager"]:
+            reason = "keys that exist once are attended to apart, which attention='eager' does for single rules"
+            raise UnsupportedMask(f"{chosen} with a shared prefix", self.rule_name, reason)
+        return {"shared_prefix": cache}
 
     def _check_cut(self, layout: TokenLayout, num_queries: int) -> None:
         """Whether the cache may end where these tokens begin; an answer's next token always may come alone."""

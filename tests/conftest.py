@@ -21,6 +21,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # Triton's interpreter, chosen before anything decorates a kernel, those of triton's own library included.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 
 settings.register_profile("mmzoo", deadline=None, derandomize=True, max_examples=25)

@@ -88,6 +88,17 @@ class CompactMask:
             F.pad(self.value, (0, 0, 0, pad_k), value=OUTSIDE),
         )
 
+    def with_terms(self, terms: int) -> CompactMask:
+        """The same mask with `terms` terms, the further ones of which open nothing."""
+        more = (0, terms - self.value.shape[-1])
+        return CompactMask(
+            self.query_sample,
+            self.key_sample,
+            F.pad(self.lower, more, value=HIGHEST),
+            F.pad(self.upper, more, value=LOWEST),
+            F.pad(self.value, more, value=OUTSIDE),
+        )
+
     def tiles(self, size: int = 128) -> Tiles:
         """Tiles from bounds of each tile alone: O(L + (L / size)^2) time and O(L) memory besides the result.
 
@@ -160,11 +171,17 @@ def _not_below(query: Tensor, key: Tensor, t: int) -> Tensor:
     return query[:, :, None, t] >= key[:, None, :, t]
 
 
-def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts int32 [B, 1, Q'] and, for each row of tiles, its column numbers first: int32 [B, 1, Q', K'].
+def tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts int32 [B, Q'] and, for each row of tiles bool [B, Q', K'], its column numbers first: int32 [B, Q', K'].
 
-    Contiguous, since FlexAttention's kernels look at no stride of the last axis.
+    Contiguous, since kernels look at no stride of the last axis.
     """
     columns = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32)
     order = torch.where(tiles, columns, columns + tiles.shape[-1]).sort(-1).values % tiles.shape[-1]
-    return tiles.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32).contiguous()[:, None]
+    return tiles.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """`tile_lists` as FlexAttention takes them, with an axis of heads."""
+    count, order = tile_lists(tiles)
+    return count[:, None], order[:, None]

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmzoo.attention.backends import BACKENDS, WORKING, Flash, backend, eager_attention, flex
 from mmzoo.attention.compiler import Rules, allowed, compact
+from mmzoo.attention.prefix import PrefixCache
 from mmzoo.attention.varlen import Call, calls
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
@@ -79,9 +80,15 @@ def _mmzoo_eager(
     attention_mask: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
+    shared_prefix: PrefixCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     _refuse_more_than_a_mask("eager", kwargs)
+    if shared_prefix is not None:
+        _refuse_dropout("a shared prefix", module, dropout)
+        layer: Any = module.layer_idx
+        output = shared_prefix.attend(layer, query, key, value, attention_mask, scaling)
+        return output.transpose(1, 2).contiguous(), None
     output, weights = eager_attention(query, key, value, attention_mask, scaling, dropout if module.training else 0.0)
     return output.transpose(1, 2).contiguous(), weights
 

@@ -1,0 +1,73 @@
+"""Mixture of Contexts: routing by the formula, and runs of variable length that equal the mask."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmzoo_kernels.contexts import TEXT, Chunks, mixture_of_contexts, naive_mixture_of_contexts, route
+
+pieces = st.lists(st.tuples(st.integers(1, 5), st.integers(TEXT, 3)), min_size=1, max_size=8)
+
+
+def a_stream(parts: list[tuple[int, int]], seed: int = 0) -> tuple[Chunks, list[Tensor]]:
+    lengths, shots = (torch.tensor(column) for column in zip(*parts, strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 2, int(lengths.sum()), 4)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    return Chunks(lengths, shots), inputs
+
+
+@given(parts=pieces, top_k=st.integers(0, 4), seed=st.integers(0, 99))
+def test_routing_is_the_formula(parts: list[tuple[int, int]], top_k: int, seed: int) -> None:
+    chunks, (query, key, _) = a_stream(parts, seed)
+    chosen, chunk = route(query, key, chunks, top_k), chunks.of_tokens()
+    first = [int(chunks.lengths[:c].sum()) for c in range(len(parts) + 1)]
+    for i in range(query.shape[2]):
+        own = int(chunk[i])
+        means = [key[1, 0, first[c] : first[c + 1]].mean(0) for c in range(own)]
+        ranked = sorted(range(own), key=lambda c: -(query[1, 0, i] @ means[c]).item())
+        expected = {c for c, (_, shot) in enumerate(parts) if shot in (TEXT, parts[own][1])} | set(ranked[:top_k])
+        assert set(chosen[1, 0, i].nonzero().flatten().tolist()) == expected
+
+
+@given(parts=pieces, top_k=st.integers(0, 4), seed=st.integers(0, 99))
+def test_runs_equal_the_mask(parts: list[tuple[int, int]], top_k: int, seed: int) -> None:
+    chunks, inputs = a_stream(parts, seed)
+    chosen = route(*inputs[:2], chunks, top_k)
+    found, expected = (run(*inputs, chunks, chosen) for run in (mixture_of_contexts, naive_mixture_of_contexts))
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(out.sin().sum(), inputs) for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_query_that_chose_nothing_gives_zero() -> None:
+    chunks, inputs = a_stream([(3, 0), (2, 1)])
+    chosen = route(*inputs[:2], chunks, 1)
+    chosen[0, 1, 4] = False
+    found = mixture_of_contexts(*inputs, chunks, chosen)
+    assert (found[0, 1, 4] == 0).all()
+    torch.testing.assert_close(found, naive_mixture_of_contexts(*inputs, chunks, chosen))
+    assert all(one.isfinite().all() for one in torch.autograd.grad(found.sum(), inputs))
+
+
+def test_only_chosen_pairs_are_worked_on() -> None:
+    chunks, inputs = a_stream([(4, shot) for shot in range(12)])
+    seen = []
+
+    def counting(query: Tensor, key: Tensor, value: Tensor, *borders: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = [one.diff() for one in borders]
+        seen.append(int((lengths[0] * lengths[1]).sum()))
+        return query * 0, query[:, 0] * 0
+
+    chosen = route(*inputs[:2], chunks, 2)
+    mixture_of_contexts(*inputs, chunks, chosen, counting)
+    assert seen == [int((chosen.sum(-1) * 4).sum())]
+    assert seen[0] < 48 * 48 * 4 * 3 / 12 + 1
+
+
+def test_chunks_that_are_not_all_alike_in_size() -> None:
+    chunks, _ = a_stream([(1, 0), (3, TEXT), (2, 1)])
+    assert chunks.of_tokens().tolist() == [0, 1, 1, 1, 2, 2]

@@ -1,0 +1,223 @@
+"""The fused kernels against the naive reference in float64, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mmzoo import masks
+from mmzoo.attention import compact
+from mmzoo.layout import Role, batch, image, lay_out, text, video
+from mmzoo.masks.ccam import query_layout
+from mmzoo_kernels.flash import blocks, flash_mask, masked_attention, naive_masked_attention
+from mmzoo_kernels.masks import CompactMask
+from mmzoo_kernels.softmax import merge_states
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE = 16
+LAYOUT = batch(
+    [lay_out(text(3), video(2, 2, 3), text(4), text(14, Role.ANSWER)), lay_out(text(2), image(3, 3), text(5))], "left"
+)
+
+
+def tensors(
+    mask: CompactMask, heads: int = 2, groups: int = 1, dim: int = 16, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Query, key and value as a transformers backbone hands them over: heads after tokens in memory."""
+    (b, q), k = mask.query_sample.shape, mask.key_sample.shape[1]
+    shapes = [(b, q, heads, dim), (b, k, groups, dim), (b, k, groups, dim)]
+    return [torch.randn(shape).to(DEVICE, dtype).transpose(1, 2).requires_grad_() for shape in shapes]
+
+
+def check(branches: list[CompactMask], inputs: list[Tensor], size: int = SIZE, tolerance: float = 2e-5) -> None:
+    """Outputs, log-sum-exps and the gradients through both."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, lse = masked_attention(*inputs, flash_mask(*branches, size=size).to(DEVICE))
+    expected, expected_lse = naive_masked_attention(*exact, branches)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance, rtol=tolerance)
+    losses = [
+        (x.double().sin().sum() + y.double().masked_fill(y.isneginf(), 0).sin().sum())
+        for x, y in ((out, lse), (expected, expected_lse))
+    ]
+    gradients = [torch.autograd.grad(loss, leaves) for loss, leaves in zip(losses, (inputs, exact))]
+    for found, right in zip(*gradients):
+        torch.testing.assert_close(found.double(), right, atol=5 * tolerance, rtol=5 * tolerance)
+
+
+@st.composite
+def compact_masks(draw: st.DrawFn) -> CompactMask:
+    queries, keys, terms = draw(st.integers(1, 36)), draw(st.integers(1, 36)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+
+    lower = integers(0, 6, 1, queries, terms)
+    return CompactMask(
+        integers(-1, 2, 1, queries),
+        integers(-1, 2, 1, keys).sort(-1).values,
+        lower,
+        lower + integers(-2, 4, 1, queries, terms),
+        integers(0, 8, 1, keys, terms).sort(1).values,
+    )
+
+
+@settings(max_examples=5)
+@given(mask=compact_masks())
+def test_random_masks(mask: CompactMask) -> None:
+    check([mask], tensors(mask))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        (masks.modality_mutual(),),
+        (masks.frame_block_causal(),),
+        (masks.sliding_window(5),),
+        masks.multimodal_causal(),
+    ],
+    ids=lambda rules: " + ".join(rule.name for rule in rules),
+)
+def test_rules(rules: tuple[masks.Rule, ...]) -> None:
+    branches = [compact(rule, LAYOUT) for rule in rules]
+    check(branches, tensors(branches[0]))
+
+
+def test_cross_attention_and_shared_heads() -> None:
+    video_layout = lay_out(video(5, 2, 4))
+    mask = compact(masks.causal_cross_attention(), query_layout(20, 5), video_layout)
+    check([mask], tensors(mask, heads=3))
+
+
+def test_full_tiles() -> None:
+    mask = compact(masks.causal(), lay_out(text(48)))
+    assert mask.tiles(SIZE).full.sum() == 3
+    check([mask], tensors(mask, heads=1))
+
+
+@pytest.mark.parametrize(("dim", "dtype", "tolerance"), [(24, torch.float32, 2e-5), (8, torch.float16, 3e-3)])
+def test_head_dims_and_half_precision(dim: int, dtype: torch.dtype, tolerance: float) -> None:
+    mask = compact(masks.frame_block_causal(), lay_out(text(2), video(2, 2, 2), text(8)))
+    check([mask], tensors(mask, dim=dim, dtype=dtype), tolerance=tolerance)
+
+
+def test_blocks_smaller_than_tiles() -> None:
+    assert max(blocks(256, torch.float32, 64, 0)["forward"][side] for side in "MN") == 32
+    mask = compact(masks.causal(), lay_out(text(50)))
+    check([mask], tensors(mask, heads=1, dim=250), size=64)
+
+
+def test_rows_without_an_open_key_give_zero() -> None:
+    mask = compact(masks.frame_block_causal(), LAYOUT)
+    inputs = tensors(mask)
+    out, lse = masked_attention(*inputs, flash_mask(mask, size=SIZE).to(DEVICE))
+    padding = ~LAYOUT.valid[1]
+    assert padding.sum() == 17
+    assert (out[1, :, padding] == 0).all()
+    assert lse[:, 1, :, padding].isneginf().all()
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert (gradient[1, :, padding] == 0).all()
+
+
+def test_tiles_that_are_not_listed_are_not_read() -> None:
+    """Keys far behind a window hold NaN, and nobody notices."""
+    mask = compact(masks.sliding_window(4), lay_out(text(64))).rows(slice(48, 64))
+    inputs = [x.detach().clone() for x in tensors(mask, heads=1)]
+    for x in inputs[1:]:
+        x[:, :, :32] = torch.nan
+    leaves = [x.requires_grad_() for x in inputs]
+    out, _ = masked_attention(*leaves, flash_mask(mask, size=SIZE).to(DEVICE))
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert out.isfinite().all()
+    assert all(one.isfinite().all() for one in gradients)
+    assert (gradients[1][:, :, :32] == 0).all()
+
+
+def test_two_halves_of_the_keys_merge() -> None:
+    mask = compact(masks.modality_mutual(), lay_out(text(3), video(2, 2, 3), text(5)))
+    query, key, value = tensors(mask)
+    halves = (slice(0, 9), slice(9, 20))
+    parts = [
+        masked_attention(query, key[:, :, one], value[:, :, one], flash_mask(mask.columns(one), size=SIZE).to(DEVICE))
+        for one in halves
+    ]
+    (one, one_lse), (other, other_lse) = parts
+    merged, lse = merge_states(one, one_lse[0], other, other_lse[0])
+    expected, expected_lse = naive_masked_attention(query, key, value, [mask])
+    torch.testing.assert_close((merged, lse), (expected, expected_lse[0]), atol=2e-5, rtol=2e-5)
+
+
+def test_in_a_compiled_graph_and_under_checkpointing() -> None:
+    mask = compact(masks.frame_block_causal(), lay_out(text(2), video(2, 2, 2), text(4)))
+    inputs, ready = tensors(mask), flash_mask(mask, size=SIZE).to(DEVICE)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return masked_attention(query * 2, key, value, ready)[0].sin()
+
+    runs = [
+        attention(*inputs),
+        torch.compile(attention, fullgraph=True, backend="aot_eager")(*inputs),
+        checkpoint(attention, *inputs, use_reentrant=False),
+    ]
+    gradients = [torch.autograd.grad(out.cos().sum(), inputs) for out in runs]
+    for out, found in zip(runs[1:], gradients[1:]):
+        assert torch.equal(out, runs[0])
+        assert all(torch.equal(*pair) for pair in zip(found, gradients[0])), "the backward pass is deterministic"
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    mask = compact(masks.causal(), lay_out(text(6)))
+    ready = flash_mask(mask, size=SIZE)
+    query, key, value = tensors(mask)
+    with pytest.raises(ValueError, match="do not fit"):
+        masked_attention(query.repeat(1, 2, 1, 1)[:, :3], key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1), ready)
+    with pytest.raises(ValueError, match=r"\(1, 6, 6\).*\(1, 5, 6\)"):
+        masked_attention(query[:, :, :5], key, value, ready)
+    with pytest.raises(ValueError, match="float64"):
+        masked_attention(query.double(), key.double(), value.double(), ready)
+    with pytest.raises(ValueError, match="256 are taken, not 300"):
+        masked_attention(*tensors(mask, dim=300), ready)
+    with pytest.raises(ValueError, match="of one shape"):
+        flash_mask(mask, mask.rows(slice(3)))
+
+
+def compiled_for(*cases: tuple[str, int, int, str]) -> str:
+    root = Path(__file__).resolve().parent.parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), "TRITON_INTERPRET": "0"}
+    words = [str(word) for case in cases for word in case]
+    command = [sys.executable, str(root / "tests" / "flash_compiling.py"), *words]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cases = [
+        ("forward", 80, 64, "bfloat16"),
+        ("backward_query", 90, 64, "float16"),
+        ("backward_key_value", 90, 64, "bfloat16"),
+    ]
+    assert compiled_for(*cases).count("\n") == len(cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_every_kernel_compiles_and_fits(
+    capability: int, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels, dtypes = ("forward", "backward_query", "backward_key_value"), ("bfloat16", "float16", "float32")
+    compiled_for(*[(kernel, capability, dim, dtype) for kernel in kernels for dtype in dtypes])
