@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--lengths 1024 8192] [--json benchmarks/results/attention.json] [--plot PNG]
 
-First every way is compared with the naive reference in float64; if one is wrong, nothing is measured. The time to build a
-mask from a new layout is a column of its own. On a CPU only the check runs, with mmzoo's own kernels in Triton's
+First every way is compared with the naive reference in float64; if one is wrong, nothing is measured. The time to build
+a mask from a new layout is a column of its own. On a CPU only the check runs, with mmzoo's own kernels in Triton's
 interpreter (TRITON_INTERPRET=1).
 """
 

@@ -60,9 +60,9 @@ def _protocol(found: Benchmark, one: Protocol) -> str:
 
 def attention_algorithms() -> str:
     said = [
-        "`mmzoo_kernels.list_attentions()`, with where each is defined and where its code is. Complexity and state are a",
-        "head's, over N tokens (Q queries, K keys) of head dim D and value dim E. Each is plain torch beside a naive twin and,",
-        "where its authors' numbers were recorded, equal to them; `masked` is Triton. " + GENERATED,
+        "`mmzoo_kernels.list_attentions()`: where each is defined and where its code is. Complexity and state are of",
+        "one head, over N tokens (Q queries, K keys) of head dim D and value dim E. What is here is plain torch, but",
+        "`masked` is Triton; all are compared with their definitions or their authors' numbers. " + GENERATED,
     ]
     head = ["| algorithm | complexity | state | " + " | ".join(PATTERNS) + " | source | code |", "|---" * 9 + "|"]
     rows = [

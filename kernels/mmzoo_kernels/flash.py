@@ -126,7 +126,7 @@ def blocks(head_dim: int, dtype: torch.dtype, size: int, shared_memory: int) -> 
     elif bytes_a_row <= 512:
         found = {"forward": (64, 32, 4, 2 if large else 1), "backward": (32, 32, 4, 2 if large else 1)}
     else:
-        found = {"forward": (32, 32, 4, 1), "backward": (32, 16, 4, 1)}
+        found = {"forward": (32, 32, 4, 1), "backward": (32 if large else 16, 16, 4, 1)}
     return {
         kernel: {"M": min(m, size), "N": min(n, size), "num_warps": warps, "num_stages": stages}
         for kernel, (m, n, warps, stages) in found.items()
