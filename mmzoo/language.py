@@ -41,6 +41,7 @@ from mmzoo.attention.transformers import (
 from mmzoo.decoding import CACHE, Decoding, text_layout
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import Modality, Role, TokenLayout
+from mmzoo_kernels.flash import FlashMask
 
 _BACKENDS = {name: attention for attention, name in (*IMPLEMENTATIONS.items(), *PAIR_IMPLEMENTATIONS.items())}
 """transformers' name -> mmzoo's backend name."""
@@ -395,7 +396,7 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
         self, attention_mask: Any, position_ids: Tensor | None, num_queries: int, cache: Cache | None
     ) -> bool:
         """Whether the backbone may take mask and positions as they are."""
-        if isinstance(attention_mask, (dict, tuple, Pair)) or (
+        if isinstance(attention_mask, (dict, tuple, Pair, FlashMask)) or (
             attention_mask is not None and len(attention_mask.shape) == 4
         ):
             _check_finished(attention_mask, position_ids)

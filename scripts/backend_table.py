@@ -44,8 +44,8 @@ Each cell ran in these scenarios where they apply: {scenarios}.
 
 - *equal*: outputs, and gradients in training, within {tolerance:.0e} of eager attention in float64 (flash, in float16:
   {half:.0e}).
-- *contents equal*: what the backend would be handed (FlexAttention a block mask, flash its calls) opens the pairs of
-  the dense mask, no more and no fewer. The backend itself needs a GPU.
+- *contents equal*: what the backend would be handed (FlexAttention a block mask, flash its calls, mmzoo's kernels lists
+  of tiles) opens the pairs of the dense mask, no more and no fewer. The backend itself needs a GPU.
 - *refused*: `UnsupportedMask`, with the reason below.
 
 {table}
@@ -67,7 +67,8 @@ def gpu_table(results: dict[str, Any]) -> list[str]:
     """The verdicts recorded on a GPU."""
     lines = ["| rule | " + " | ".join(f"`{name}`" for name in BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
     for rule, by_backend in results.items():
-        kinds = [summary({scenario: found["kind"] for scenario, found in cell.items()}) for cell in by_backend.values()]
+        cells = [by_backend.get(name) for name in BACKENDS]
+        kinds = ["not run" if one is None else summary({s: found["kind"] for s, found in one.items()}) for one in cells]
         lines.append(f"| `{rule}` | " + " | ".join(kinds) + " |")
     return lines
 

@@ -276,7 +276,7 @@ def test_a_backend_that_cannot_express_a_rule_refuses_it(attention: str, name: s
         assert part in str(refusal.value)
 
 
-@pytest.mark.parametrize("attention", [name for name in REFUSING if "flash" in name])
+@pytest.mark.parametrize("attention", [name for name in REFUSING if name.startswith("flash")])
 def test_a_refusing_backend_does_not_run(attention: str) -> None:
     query, layout = torch.zeros(1, 1, 2, 4), lay_out(text(2))
     with pytest.raises(UnsupportedMask, match=attention):

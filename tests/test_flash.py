@@ -11,11 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_language import a_model, ids_for
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmzoo import masks
-from mmzoo.attention import compact
+from mmzoo.attention import BACKENDS, backend, compact
+from mmzoo.attention.backends import Mask
+from mmzoo.attention.transformers import implementations
+from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import Role, batch, image, lay_out, text, video
 from mmzoo.masks.ccam import query_layout
 from mmzoo_kernels.flash import blocks, flash_mask, masked_attention, naive_masked_attention
@@ -221,3 +225,32 @@ def test_every_kernel_compiles_and_fits(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels, dtypes = ("forward", "backward_query", "backward_key_value"), ("bfloat16", "float16", "float32")
     compiled_for(*[(kernel, capability, dim, dtype) for kernel in kernels for dtype in dtypes])
+
+
+@pytest.mark.parametrize("rules", [(masks.modality_mutual(),), masks.multimodal_causal()], ids=["one", "two"])
+def test_what_the_kernels_are_told_opens_the_pairs_of_the_mask(rules: tuple[masks.Rule, ...]) -> None:
+    branches = [compact(rule, LAYOUT) for rule in rules]
+    assert torch.equal(flash_mask(*branches, size=8).opened(), torch.stack([one.dense() for one in branches]))
+
+
+@pytest.mark.parametrize("rule", ["modality-mutual", "mmca"])
+def test_a_language_model_runs_on_it(rule: str) -> None:
+    """In the interpreter, where the backend itself would refuse the device."""
+    model = a_model(rule=rule)
+    layout = batch([lay_out(text(2), image(2, 2), text(3)), lay_out(text(4))], "left")
+    ids = ids_for(layout)
+    expected = model(ids, layout).logits
+    model.language_model.config._attn_implementation = implementations(model.rule)["mmzoo_flash"]
+    with torch.no_grad():
+        logits = model(ids, layout).logits
+    torch.testing.assert_close(logits[layout.valid], expected[layout.valid], atol=2e-4, rtol=2e-4)
+
+
+def test_the_backend_says_what_it_cannot_do() -> None:
+    for device, dim, reason in (("cpu", 16, "need a GPU"), ("cuda", 300, "256, not 300")):
+        with pytest.raises(UnsupportedMask, match=reason):
+            backend("mmzoo_flash", masks.causal(), device=device, head_dim=dim)
+    rule, layout = masks.causal(), lay_out(text(4))
+    doubles = [x.double() for x in tensors(compact(rule, layout))]
+    with pytest.raises(UnsupportedMask, match="float64"):
+        BACKENDS["mmzoo_flash"](*doubles, Mask(rule, layout, layout, slice(None)), 1.0)

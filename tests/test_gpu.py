@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
-FUSED = ("flex_attention", "varlen")
+FUSED = ("flex_attention", "varlen", "mmzoo_flash")
 
 
 @pytest.mark.parametrize("attention", BACKENDS)

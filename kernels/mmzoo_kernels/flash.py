@@ -38,8 +38,23 @@ class FlashMask:
     size: int
     shape: tuple[int, int, int, int]
 
+    def opened(self) -> Tensor:
+        """bool [R, B, Q, K]: the pairs that the kernels open, by the lists of tiles and inside the partial ones."""
+        samples, (lower, upper, value) = self.arrays[:2], (one.mT for one in self.arrays[2:5])
+        inside = CompactMask(*samples, lower, upper, value).dense()
+        partial, full = (_of_tiles(*self.arrays[i : i + 2], self.size) for i in (5, 7))
+        branches, batch, queries, keys = self.shape
+        return ((inside & partial) | full)[:, :queries, :keys].unflatten(0, (branches, batch))
+
     def to(self, device: torch.device | str) -> FlashMask:
         return FlashMask(tuple(one.to(device) for one in self.arrays), self.size, self.shape)
+
+
+def _of_tiles(count: Tensor, index: Tensor, size: int) -> Tensor:
+    """bool [R B, Q, K] of whole tiles, from a list by query."""
+    listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    tiles = torch.zeros_like(listed).scatter(-1, index.long(), listed)
+    return tiles.repeat_interleave(size, 1).repeat_interleave(size, 2)
 
 
 def flash_mask(*branches: CompactMask, size: int = 128) -> FlashMask:
@@ -111,7 +126,7 @@ def blocks(head_dim: int, dtype: torch.dtype, size: int, shared_memory: int) -> 
     elif bytes_a_row <= 512:
         found = {"forward": (64, 32, 4, 2 if large else 1), "backward": (32, 32, 4, 2 if large else 1)}
     else:
-        found = {"forward": (32, 32, 4, 1), "backward": (32, 16, 4, 1)}
+        found = {"forward": (32, 32, 4, 1), "backward": (32 if large else 16, 16, 4, 1)}
     return {
         kernel: {"M": min(m, size), "N": min(n, size), "num_warps": warps, "num_stages": stages}
         for kernel, (m, n, warps, stages) in found.items()

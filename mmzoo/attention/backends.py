@@ -20,6 +20,7 @@ from mmzoo.attention.compiler import Rules, allowed, compact
 from mmzoo.errors import InputError, MissingExtra, UnsupportedMask
 from mmzoo.layout import Role, TokenLayout, image, lay_out, text, video
 from mmzoo.masks.rule import Rule
+from mmzoo_kernels import flash
 from mmzoo_kernels.masks import CompactMask
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class Mask:
         """FlexAttention's block mask."""
         return self._compact().block_mask()
 
+    def fused(self) -> flash.FlashMask:
+        """What mmzoo's own kernels are told."""
+        return flash.flash_mask(self._compact())
+
     def calls(self) -> tuple[varlen.Call, ...]:
         """Calls of a flash kernel."""
         return varlen.calls(self._compact(), self.rule.name)
@@ -59,10 +64,12 @@ class Backend:
     Attributes:
         name: how users choose it.
         package: what it needs besides torch.
+        extra: the extra of mmzoo that brings the package.
     """
 
     name: str
     package: str | None = None
+    extra: str = "flash"
 
     def refuses(self, rule: Rule, device: torch.device, head_dim: int | None = None) -> str | None:
         """Why this backend cannot express the rule there, with heads of that size, or None."""
@@ -167,6 +174,36 @@ class Flash(Backend):
         return varlen.opened(mask.calls(), mask.dense().shape)
 
 
+class Fused(Backend):
+    """mmzoo's own Triton kernels, on compact arrays and lists of tiles. Generated tokens are decoded by SDPA."""
+
+    name, package, extra = "mmzoo_flash", "triton", "kernels"
+
+    def refuses(self, rule: Rule, device: torch.device, head_dim: int | None = None) -> str | None:
+        if rule.function is not None:
+            return "the rule is a function, and compact masks are made from terms"
+        if device.type == "cpu":
+            return "its kernels need a GPU"
+        if head_dim is not None and head_dim > flash.LARGEST_HEAD_DIM:
+            return f"its kernels take head dims up to {flash.LARGEST_HEAD_DIM}, not {head_dim}"
+        return None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        return self.run(query, key, value, mask.fused(), scale, mask.rule.name)
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: flash.FlashMask, scale: float, rule: str = "any"
+    ) -> Tensor:
+        """[B, H, Q, D] under a mask made beforehand, once for all layers; branches are added."""
+        if query.dtype not in flash.DTYPES:
+            reason = f"its kernels take float16, bfloat16 and float32, not {query.dtype}"
+            raise UnsupportedMask(self.name, rule, reason, WORKING)
+        return flash.masked_attention(query, key, value, mask, scale)[0]
+
+    def pairs(self, mask: Mask) -> Tensor:
+        return mask.fused().opened()[0]
+
+
 class Refusing(Backend):
     """A backend of transformers that would drop the mask."""
 
@@ -192,6 +229,7 @@ _ALL: list[Backend] = [
     Flash("varlen", varlen.torch_varlen),
     Flash("flash_attention_2", varlen.flash_attn_2, "flash_attn"),
     Flash("flash_attention_3", varlen.flash_attn_3, "flash_attn_interface"),
+    Fused(),
     Refusing("flash_attention_4", "transformers drops every mask but padding there, and mmzoo does not drive it"),
 ]
 BACKENDS = {backend.name: backend for backend in _ALL}
@@ -219,7 +257,7 @@ def backend(name: str, *rules: Rule, device: torch.device | str = "cpu", head_di
             raise UnsupportedMask(name, rule.name, reason, WORKING)
     package = missing_package(name)
     if rules and package is not None:
-        raise MissingExtra(package, "flash", f"The attention backend {name!r}")
+        raise MissingExtra(package, BACKENDS[name].extra, f"The attention backend {name!r}")
     return BACKENDS[name]
 
 

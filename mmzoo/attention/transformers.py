@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmzoo.attention.backends import BACKENDS, WORKING, Flash, backend, eager_attention, flex
+from mmzoo.attention.backends import BACKENDS, WORKING, Flash, Fused, backend, eager_attention, flex
 from mmzoo.attention.compiler import Rules, allowed, compact
 from mmzoo.attention.prefix import PrefixCache
 from mmzoo.attention.varlen import Call, calls
@@ -27,6 +27,8 @@ from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
 from mmzoo.masks.basic import sliding_window
 from mmzoo.masks.rule import Rule, after, everything, see
+from mmzoo_kernels.flash import FlashMask, flash_mask
+from mmzoo_kernels.masks import CompactMask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -40,13 +42,17 @@ FLASH = {
     "flash_attention_2": "mmzoo_varlen_2",
     "flash_attention_3": "mmzoo_varlen_3",
 }
-IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa", "flex_attention": "mmzoo_flex", **FLASH}
+OWN = {"mmzoo_flash": "mmzoo_fused"}
+IMPLEMENTATIONS = {"eager": "mmzoo_eager", "sdpa": "sdpa", "flex_attention": "mmzoo_flex", **FLASH, **OWN}
 """mmzoo's backend name -> the name transformers knows it by."""
 
-PAIR_IMPLEMENTATIONS = {name: f"mmzoo_{name.replace('flash_attention', 'varlen')}_pair" for name in IMPLEMENTATIONS}
+PAIR_IMPLEMENTATIONS = {
+    name: f"mmzoo_{name.replace('flash_attention', 'varlen').replace('mmzoo_flash', 'fused')}_pair"
+    for name in IMPLEMENTATIONS
+}
 """The same for a pair of rules."""
 
-FUSED = ("flex_attention", *FLASH)
+FUSED = ("flex_attention", *FLASH, *OWN)
 
 
 def implementations(rule: Rules) -> dict[str, str]:
@@ -135,6 +141,26 @@ def _flash_function(name: str) -> Attention:
     return mmzoo_flash
 
 
+def _mmzoo_fused(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    fused_mask: FlashMask | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if fused_mask is None:
+        _refuse_dense("mmzoo_flash", query)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    _refuse_more_than_a_mask("mmzoo_flash", kwargs)
+    _refuse_dropout("mmzoo_flash", module, dropout)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Fused().run(query, key, value, fused_mask, scale).transpose(1, 2).contiguous(), None
+
+
 def _refuse_more_than_a_mask(name: str, kwargs: dict[str, Any]) -> None:
     for extra in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(extra) is not None:
@@ -168,6 +194,8 @@ def _two_softmaxes(attention: Attention) -> Attention:
         branches: tuple[dict[str, Any], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if kwargs.get("fused_mask") is not None:  # holds both branches
+            return attention(module, query, key, value, attention_mask, **kwargs)
         if branches is not None:
             (one, _), (other, _) = (attention(module, query, key, value, **branch, **kwargs) for branch in branches)
             return one + other, None
@@ -228,6 +256,7 @@ _FUNCTIONS: dict[str, tuple[Attention, Callable[..., Tensor | None]]] = {
     "eager": (_mmzoo_eager, _explicit_mask),
     "flex_attention": (_mmzoo_flex, sdpa_mask),
     **{name: (_flash_function(name), _only_while_decoding) for name in FLASH},
+    "mmzoo_flash": (_mmzoo_fused, _only_while_decoding),
 }
 for name, (function, mask_function) in _FUNCTIONS.items():
     AttentionInterface.register(IMPLEMENTATIONS[name], function)
@@ -249,6 +278,8 @@ def passed_on(mask: Any) -> dict[str, Any]:
     """How a mask made by `backbone_mask` is handed to a backbone."""
     if isinstance(mask, Pair):
         return {"attention_mask": None, "branches": tuple(passed_on(branch) for branch in mask.branches)}
+    if isinstance(mask, FlashMask):
+        return {"attention_mask": None, "fused_mask": mask}
     if isinstance(mask, tuple):
         return {"attention_mask": None, "flash_calls": mask}
     return {"attention_mask": mask}
@@ -283,11 +314,11 @@ def _recent(window: int) -> Rule:
 
 def backbone_mask(
     rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
-) -> Tensor | BlockMask | tuple[Call, ...] | Pair | dict[str, Tensor]:
+) -> Tensor | BlockMask | FlashMask | tuple[Call, ...] | Pair | dict[str, Tensor]:
     """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
     A sliding layer keeps its window on top of the rule; in Phi-3, which names no layer types, every layer is one.
-    FlexAttention is given a block mask, flash its calls.
+    FlexAttention is given a block mask, flash its calls, mmzoo's own kernels what `flash_mask` makes.
 
     Raises:
         UnsupportedMask: a layer is of a type that takes no mask.
@@ -317,10 +348,29 @@ def backbone_mask(
 
 def _fused_mask(
     attention: str, rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
-) -> BlockMask | tuple[Call, ...] | Pair:
+) -> BlockMask | FlashMask | tuple[Call, ...] | Pair:
+    if isinstance(rule, tuple) and attention in OWN:
+        for branch in rule:
+            _refuse_partial(attention, branch, layout, num_queries, cache, config)
+        return flash_mask(*(_last_rows(branch, layout, num_queries) for branch in rule))
     if isinstance(rule, tuple):
         one, other = (_fused_mask(attention, branch, layout, num_queries, cache, config) for branch in rule)
         return Pair((one, other))
+    _refuse_partial(attention, rule, layout, num_queries, cache, config)
+    last_rows = _last_rows(rule, layout, num_queries)
+    if attention in OWN:
+        return flash_mask(last_rows)
+    return calls(last_rows, rule.name) if attention in FLASH else last_rows.block_mask()
+
+
+def _last_rows(rule: Rule, layout: TokenLayout, num_queries: int) -> CompactMask:
+    return compact(rule, layout).rows(slice(len(layout) - num_queries, len(layout)))
+
+
+def _refuse_partial(
+    attention: str, rule: Rule, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
+) -> None:
+    """One mask of every token so far has to do for all layers."""
     types = getattr(config, "layer_types", None)
     window = None if types else getattr(config, "sliding_window", None)
     if "sliding_attention" in (types or ()) or (window is not None and len(layout) > window):
@@ -328,8 +378,6 @@ def _fused_mask(
         raise UnsupportedMask(attention, rule.name, reason, ["sdpa"])
     if cache is not None and cache.get_mask_sizes(num_queries, 0) != (len(layout), 0):
         raise UnsupportedMask(attention, rule.name, "the cache is static or sliding", ["sdpa"])
-    last_rows = compact(rule, layout).rows(slice(len(layout) - num_queries, len(layout)))
-    return calls(last_rows, rule.name) if attention in FLASH else last_rows.block_mask()
 
 
 def _name(rule: Rules) -> str:
