@@ -106,13 +106,16 @@ def entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def list_models(pattern: str = "*", *, task: str | None = None, pretrained: bool | None = None) -> list[str]:
+def list_models(
+    pattern: str = "*", *, task: str | None = None, pretrained: bool | None = None, library: str | None = None
+) -> list[str]:
     """Names that match a pattern such as "aki-*", in natural order.
 
     Args:
         pattern: with `*` and `?`.
         task: only models for this task.
         pretrained: only models with (True) or without (False) weights.
+        library: only understanding models ("transformers"), or only generators ("diffusers").
     """
     found = [
         entry.name
@@ -120,6 +123,7 @@ def list_models(pattern: str = "*", *, task: str | None = None, pretrained: bool
         if fnmatch(entry.name, pattern)
         and task in (None, entry.task)
         and pretrained in (None, entry.weights is not None)
+        and library in (None, entry.library)
     ]
     return sorted(found, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 

@@ -210,7 +210,7 @@ def test_plans_that_cannot_be_run(tiny: MultimodalLM, tmp_path: Path) -> None:
             plan(tiny, tmp_path, **wrong)
 
 
-@pytest.mark.parametrize("name", mmzoo.list_models("*-tiny"))
+@pytest.mark.parametrize("name", mmzoo.list_models("*-tiny", library="transformers"))
 def test_a_likelihood_is_the_loss_of_the_continuation(name: str) -> None:
     torch.manual_seed(0)
     model = mmzoo.create(name)
@@ -230,7 +230,7 @@ def test_a_likelihood_is_the_loss_of_the_continuation(name: str) -> None:
             assert value == pytest.approx(-float(model(**shown, labels=labels).loss), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", mmzoo.list_models("*-tiny"))
+@pytest.mark.parametrize("name", mmzoo.list_models("*-tiny", library="transformers"))
 def test_a_system_text_and_a_beginning_have_their_places(name: str) -> None:
     model = mmzoo.create(name)
     text = put(model, Prompt("what is it", "Look well.\n", "Best option:("), None)

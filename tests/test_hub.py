@@ -30,7 +30,7 @@ from mmzoo.cli import app
 from mmzoo.errors import CheckpointError, HubError, InputError
 from mmzoo.language import MultimodalLM
 
-TINY = mmzoo.list_models("*-tiny")
+TINY = mmzoo.list_models("*-tiny", library="transformers")
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
