@@ -936,8 +936,9 @@ _NANO = {
     "chunk_frames": 4,
     "max_frames": 9,
     "scheduler": {
-        "_class_name": "DDIMScheduler",
+        "_class_name": "DDPMScheduler",
         "beta_schedule": "squaredcos_cap_v2",
+        "variance_type": "fixed_small",
         "clip_sample": False,
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
