@@ -36,6 +36,11 @@ register(Entry("tc-llava-7b", **_TC, summary="LLaVA-1.5 on clips, under frame-wi
 register(Entry("tc-llava-tiny", **_TC, summary="TC-LLaVA's classes at test size, random weights"))
 register(Entry("tc-llava-nano", **_TC, summary="TC-LLaVA's classes at 0.3 M parameters, trained in the synthetic world", weights="package:tc-llava-nano", license="apache-2.0", sha256={"model.safetensors": "102cc83c560eaacfa5eb4c6cdaec2827abccc6fc325eebe87b384f50033e43cd"}))  # fmt: skip  # noqa: E501
 
+_VIDGPT = {"family": "vid_gpt", "task": "text-to-video", "rule": "causal-temporal", "scheme": "cyclic", "library": "diffusers", "paper": "arXiv:2406.10981"}  # fmt: skip  # noqa: E501
+register(Entry("vid-gpt-xl", **_VIDGPT, summary="STDiT-XL/2 under causal temporal attention, a window of 25 frames; no weights were released"))  # fmt: skip  # noqa: E501
+register(Entry("vid-gpt-tiny", **_VIDGPT, summary="ViD-GPT's classes at test size, random weights"))
+register(Entry("vid-gpt-nano", **_VIDGPT, summary="ViD-GPT's classes at 0.4 M parameters, trained on the pixels of synthetic clips", weights="package:vid-gpt-nano", license="apache-2.0", sha256={"diffusion_pytorch_model.safetensors": "801abbf92a6925ef0dc2d698be9cb8c3a0459ad61251d80a4112a918f5bab3f2"}))  # fmt: skip  # noqa: E501
+
 register(Entry("visualchat-7b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 7B"))
 register(Entry("visualchat-13b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 13B"))
 register(Entry("visualchat-tiny", **_VISUALCHAT, summary="DeepSpeed-VisualChat's classes at test size, random weights"))

@@ -395,12 +395,12 @@ class ViDGPT(Generator):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Every attention but the spatial one, and the output, begin at zero."""
+        """Every attention but the spatial one begins at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        silent = [self.proj_out]
+        silent: list[nn.Linear] = []
         for block in self.blocks:
             silent += [
                 getattr(block, name).proj for name in ("attn_temp", "attn_cf", "cross_attn") if hasattr(block, name)
@@ -936,8 +936,9 @@ _NANO = {
     "chunk_frames": 4,
     "max_frames": 9,
     "scheduler": {
-        "_class_name": "DDIMScheduler",
+        "_class_name": "DDPMScheduler",
         "beta_schedule": "squaredcos_cap_v2",
+        "variance_type": "fixed_small",
         "clip_sample": False,
         "prediction_type": "sample",
         "timestep_spacing": "trailing",

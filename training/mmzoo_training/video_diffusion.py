@@ -16,7 +16,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from mmzoo import hub
@@ -259,7 +259,8 @@ class VideoDiffusion(lightning.LightningModule):
 
 
 def open_gates(model: ViDGPT) -> None:
-    """Let every layer's output through at the start; the gates of random weights let an eighth of it through."""
+    """Begin with an output of zero and with open gates; those of random weights let an eighth of a layer through."""
+    nn.init.zeros_(model.proj_out.weight)
     with torch.no_grad():
         for block in model.blocks:
             block.scale_shift_table[[2, 5]] = 1.0
