@@ -447,13 +447,14 @@ RUNNERS: dict[tuple[str, str, str], Runner] = {
 def run_case(case: Case) -> list[Comparison] | None:
     """The comparisons of one case; None if no runner knows it."""
     import parity_choice  # which build on this module
+    import parity_favor
     import parity_llava
     import parity_open
     import parity_video_ccam
     import parity_visualchat
 
     runners = dict(RUNNERS)
-    for module in (parity_choice, parity_llava, parity_open, parity_video_ccam, parity_visualchat):
+    for module in (parity_choice, parity_favor, parity_llava, parity_open, parity_video_ccam, parity_visualchat):
         runners |= module.RUNNERS
     for (system, kind, beginning), runner in runners.items():
         if (case.system, case.kind) == (system, kind) and case.name.startswith(beginning):

@@ -59,6 +59,7 @@ def test_every_case_has_a_verdict_and_no_other(verdicts: dict[str, dict[str, Any
         "video-ccam",
         "video-ccam-definition",
         "longlive",
+        "favor",
         "eval",
     }
     assert {case.split("/")[0] for case in CASES} >= systems
@@ -103,6 +104,9 @@ def run(parity: ModuleType, root: Path, *options: str) -> tuple[int, list[dict[s
     ("case", "tensor"),
     [
         ("longlive/block_masks", "mask2"),
+        ("favor/sync_audio_longer", "frame_visible"),
+        ("favor/sync_audio_longer", "qformer_layer1_out"),
+        ("favor/mrc_qformer", "inputs_llama"),
         ("video-ccam-definition/mask", "mask_T7_L3_N16_ceil"),
         ("video-ccam-definition/mask", "visible_frames_T96_N1024_block"),
         ("cca-llava/masks_positions", "layout4_position_ids"),
