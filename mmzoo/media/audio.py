@@ -58,14 +58,21 @@ class Audio:
 
 
 def has_audio(path: str | os.PathLike[str]) -> bool:
-    """Whether a file has a sound track.
+    """Whether a file has a sound track. Raises AudioReadError: it cannot be opened."""
+    return "audio" in streams(path)
+
+
+def streams(path: str | os.PathLike[str]) -> frozenset[str]:
+    """What a file holds, of "video" and "audio"; the picture of a record's sleeve is no video.
 
     Raises:
         AudioReadError: the file cannot be opened.
         MissingExtra: PyAV is not installed.
     """
     with _typed_errors(Path(path)), decoders.open_pyav(Path(path)) as container:
-        return bool(container.streams.audio)
+        sleeve = decoders.need("av", "reading sound").stream.Disposition.attached_pic
+        found = [stream for stream in container.streams if not stream.disposition & sleeve]
+        return frozenset(stream.type for stream in found) & {"video", "audio"}
 
 
 def read_audio(

@@ -104,7 +104,7 @@ class Wanted:
             notes.append("the bound starts after the end: frames run backwards")
         if len(set(clamped)) < len(clamped):
             notes.append(f"{len(clamped)} frames are taken from {len(set(clamped))}: some repeat")
-        if self.num_frames and len(clamped) < self.num_frames and self.sampling != "ccam_fps":
+        if self.num_frames and len(clamped) < self.num_frames and self.sampling not in ("ccam_fps", "favor"):
             notes.append(f"{self.num_frames} frames were asked for, the rule gives {len(clamped)}")
         return clamped, notes
 

@@ -18,6 +18,8 @@ _VISUALCHAT = {
     "scheme": "sequential",
     "paper": "arXiv:2309.14327",
 }
+_FAVOR = {"family": "favor", "task": VIDEO, "rule": "causal", "connector_rule": "causal-qformer", "scheme": "sequential", "paper": "arXiv:2310.05863"}  # fmt: skip  # noqa: E501
+_SALMONN = {**_FAVOR, "paper": "arXiv:2406.15704"}
 
 register(Entry("aki-4b", **_AKI, summary="SigLIP-so400m, Perceiver resampler, Phi-3.5-mini", weights="hf-hub:Sony/AKI-4B-phi-3.5-mini", license="cc-by-nc-4.0", base_model=(SIGLIP, PHI_35), datasets=("Salesforce/blip3-kale", "Salesforce/blip3-ocr-200m")))  # fmt: skip  # noqa: E501
 register(Entry("aki-tiny", **_AKI, summary="AKI's classes at test size, random weights"))
@@ -47,3 +49,11 @@ register(Entry("video-ccam-4b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM proje
 register(Entry("video-ccam-7b-v1.2", **_CCAM, summary="SigLIP-so400m, CCAM projector, Qwen2.5-7B-Instruct", weights="hf-hub:JaronTHU/Video-CCAM-7B-v1.2", license="apache-2.0", base_model=(SIGLIP, QWEN)))  # fmt: skip  # noqa: E501
 register(Entry("video-ccam-tiny", **_CCAM, summary="Video-CCAM's classes at test size, random weights"))
 register(Entry("video-ccam-nano", **_CCAM, summary="Video-CCAM's classes at 0.3 M parameters, trained in the synthetic world", weights="package:video-ccam-nano", license="apache-2.0", sha256={"model.safetensors": "fc500d45959aca2c29d4334c4ab98dce5bbc0991a94e8ffc5a37b550484a8f74"}))  # fmt: skip  # noqa: E501
+
+register(Entry("favor-7b", **_FAVOR, summary="InstructBLIP's ViT-g and Q-Former, Whisper-large-v2, causal Q-Former, Vicuna-7B"))  # fmt: skip  # noqa: E501
+register(Entry("favor-13b", **_FAVOR, summary="InstructBLIP's ViT-g and Q-Former, Whisper-large-v2, causal Q-Former, Vicuna-13B"))  # fmt: skip  # noqa: E501
+register(Entry("video-salmonn-13b", **_SALMONN, summary="as FAVOR, with a second audio stream and a multi-resolution causal Q-Former"))  # fmt: skip  # noqa: E501
+register(Entry("favor-tiny", **_FAVOR, summary="FAVOR's classes at test size, random weights"))
+register(
+    Entry("favor-nano", **_FAVOR, summary="FAVOR's classes at 0.3 M parameters, for the synthetic world with sound")
+)
