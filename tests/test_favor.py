@@ -13,11 +13,11 @@ from test_models import a_model, clip
 from torch import Tensor
 
 import mmzoo
-from mmzoo.errors import AudioReadError, InputError, VideoReadError
+from mmzoo.errors import AudioReadError, CheckpointError, InputError, VideoReadError
 from mmzoo.language import MultimodalLM
 from mmzoo.layout import TokenLayout
 from mmzoo.media import Audio, Video, read_video, sample_indices, write_video
-from mmzoo.models.favor import FAVORConfig, Film
+from mmzoo.models.favor import FAVORConfig, Film, load_trained
 from mmzoo.world_sound import make_sound_clip, write_sound_clip
 
 QUESTION = "how many sounds are there"
@@ -243,6 +243,50 @@ def test_where_an_answer_looked_is_a_share_of_every_frame() -> None:
     maps = model.attend(clip(0), QUESTION, max_new_tokens=2)
     assert maps.by_patch().shape[-2:] == (5, 16)
     torch.testing.assert_close(maps.by_patch().sum((-1, -2)), maps.by_class()["video"])
+
+
+def released(model: MultimodalLM, *, repeats: bool, suffix: str = ".default") -> dict[str, Tensor]:
+    """A checkpoint in the authors' names, with an adapter on the first query projection."""
+    state = dict(model.connector.state_dict())
+    if repeats:
+        state |= {name.replace("video_", "joint_"): x for name, x in state.items() if name.startswith("video_")}
+        state |= {"ln_speech.weight": state["ln_video.weight"], "low_Qformer.x": torch.zeros(1)}
+    for half, shape in (("A", (4, 32)), ("B", (32, 4))):
+        name = f"llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_{half}{suffix}.weight"
+        state[name] = torch.randn(shape, generator=torch.Generator().manual_seed(len(half)))
+    return state
+
+
+@pytest.mark.parametrize(("repeats", "suffix"), [(False, ".default"), (True, "")])
+def test_what_the_authors_trained_is_read(tmp_path: Path, repeats: bool, suffix: str) -> None:
+    source, model = a_model("favor-tiny"), mmzoo.create("favor-tiny")
+    state = released(source, repeats=repeats, suffix=suffix)
+    torch.save(state, tmp_path / "pytorch_model.pt")
+    projection = model.llama_model.model.layers[0].self_attn.q_proj.weight
+    before = projection.detach().clone()
+    load_trained(model, tmp_path / "pytorch_model.pt")
+    for name, tensor in source.connector.state_dict().items():
+        assert torch.equal(model.connector.state_dict()[name], tensor)
+    halves = [x for name, x in state.items() if "lora_" in name]
+    torch.testing.assert_close(projection - before, 8 * halves[1] @ halves[0], atol=1e-4, rtol=1e-4)
+
+
+def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
+    model = mmzoo.create("favor-tiny")
+    state = released(model, repeats=False)
+    state["unheard_of"] = state.pop("ln_video.bias")
+    state["llama_proj.bias"] = torch.zeros(3)
+    lonely = next(name for name in state if "lora_B" in name)
+    del state[lonely]
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load_trained(model, tmp_path / "a.pt")
+    assert caught.value.missing == ["ln_video.bias"]
+    assert caught.value.unexpected == [lonely[: lonely.index(".lora_")], "unheard_of"]
+    assert caught.value.misshapen == [("llama_proj.bias", (3,), (32,))]
+    (tmp_path / "b.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_trained(model, tmp_path / "b.pt")
 
 
 def test_full_size_models_hold_what_their_parts_hold() -> None:

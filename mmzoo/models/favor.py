@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ from mmzoo import masks
 from mmzoo.attention.backends import backend
 from mmzoo.connectors.causal_qformer import AudioVisualQFormer, synchronise
 from mmzoo.encoders.audio import SecondAudioEncoder, build_audio_encoder, log_mel
-from mmzoo.errors import InputError
+from mmzoo.errors import CheckpointError, InputError
 from mmzoo.language import MultimodalConfig, MultimodalLM, media_starts
 from mmzoo.layout import Modality, Span, TokenLayout, batch, video
 from mmzoo.media import Audio, Video, read_audio, read_image, read_video, streams
@@ -794,3 +795,72 @@ def processor(name: str, config: FAVORConfig) -> FAVORProcessor | None:
         whole_length=False,
         instruction=config.instruction,
     )
+
+
+def is_release(described: dict[str, Any]) -> bool:
+    """The authors' checkpoints are single files without a config.json: `load_trained` reads them."""
+    return False
+
+
+_REPEATED = {
+    "video_Qformer.": ("speech_Qformer.", "joint_Qformer."),
+    "llama_proj.": ("llama_proj_speech.", "llama_proj_joint."),
+    "ln_video.": ("ln_speech.", "ln_joint."),
+    "video_query_tokens": ("speech_query_tokens", "joint_query_tokens"),
+    "video_frame_position_embedding.": ("joint_frame_position_embedding.",),
+}
+"""What a checkpoint of DeepSpeed's stage 3 repeats, with the same values."""
+_LORA = re.compile(r"llama_model\.base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
+_LORA_ALPHA = 32
+
+
+def load_trained(model: FAVOR, path: str | os.PathLike[str]) -> None:
+    """Puts what the authors trained into a model: its causal Q-Former, and LoRA merged into its language model.
+
+    Such a file holds neither the towers nor the language model: load these into the model first. Parameters that
+    DeepSpeed's stage 3 repeats are left out, and the unused `low_Qformer` of video-SALMONN.
+
+    Args:
+        model: of the sizes of the checkpoint.
+        path: of a file of torch.save.
+
+    Raises:
+        CheckpointError: the file is damaged or holds code, or does not fit; every name that does not is listed.
+    """
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises classes of its own, of pickle and of the standard library
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or holds more than tensors: {said}") from error
+    repeated = tuple(name for names in _REPEATED.values() for name in names)
+    state = {name: x for name, x in state.items() if not name.startswith((*repeated, "low_Qformer."))}
+    adapters = {name: x for name, x in state.items() if _LORA.fullmatch(name)}
+    trained = {name: x for name, x in state.items() if name not in adapters}
+    wanted, layers = model.connector.state_dict(), dict(model.llama_model.named_modules())
+    pairs = _lora_pairs(adapters)
+    strange = [name for layer, name in pairs if layer not in layers or len(pairs[layer, name]) != 2]
+    misshapen = [
+        (name, tuple(trained[name].shape), tuple(wanted[name].shape))
+        for name in trained.keys() & wanted.keys()
+        if trained[name].shape != wanted[name].shape
+    ]
+    missing, unexpected = wanted.keys() - trained.keys(), [*(trained.keys() - wanted.keys()), *strange]
+    if missing or unexpected or misshapen:
+        what = f"{path} does not fit the causal Q-Former and language model of this FAVOR."
+        raise CheckpointError(what, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    model.connector.load_state_dict(trained)
+    for (layer, _), halves in pairs.items():
+        weight, rank = layers[layer].weight, len(halves["A"])
+        with torch.no_grad():
+            weight += (_LORA_ALPHA / rank * halves["B"].float() @ halves["A"].float()).to(weight)
+
+
+def _lora_pairs(adapters: dict[str, Tensor]) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """(layer, the same in the checkpoint) -> its two halves."""
+    pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name, half in adapters.items():
+        found = _LORA.fullmatch(name)
+        assert found is not None
+        shared = name[: name.index(".lora_")]
+        pairs.setdefault((found["layer"], shared), {})[found["half"]] = half
+    return pairs

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from mmzoo.encoders.audio import log_mel
 from mmzoo.layout import TokenLayout
 from mmzoo.media import Audio
+from mmzoo.world import COLOURS
 from mmzoo.world_sound import SECONDS, SOUND_KINDS, TONES, SoundClip, make_sound_clip
-from mmzoo_training.world import QuestionBatches, WorldData, WorldQuestions
+from mmzoo_training.world import ABSENT, QuestionBatches, WorldData, WorldQuestions, describe
 
 SOUNDS = ("", *TONES, "click")
 STREAMS = ("both", "sight", "sound")
@@ -34,9 +35,15 @@ class SoundBatches(QuestionBatches):
         return make_sound_clip(seed, split=self.split, size=data.size, num_frames=data.num_frames)  # type: ignore[arg-type]
 
     def described(self, clips: Sequence[Any], seed: int, frames: int = 64) -> dict[str, Tensor]:
-        """Beside frames to describe the sounds of all clips: features [C, M, F], heard int64 [C, T]."""
-        seen = super().described([clip.clip for clip in clips], seed, frames)
-        return {**seen, "features": self.features(clips), "heard": heard(clips, self.data.num_frames)}
+        """Whole clips: frames uint8 [C, T, H, W, 3], looks [C, T, X] and places, features [C, M, F], heard [C, T]."""
+        looks, places = describe([clip.clip for clip in clips], self.data.num_frames)
+        return {
+            "frames": torch.from_numpy(np.stack([clip.clip.frames for clip in clips])),
+            "looks": looks,
+            "places": places,
+            "features": self.features(clips),
+            "heard": heard(clips, self.data.num_frames),
+        }
 
     def batch(self, clips: Sequence[Any], rng: random.Random, late: bool = False) -> dict[str, Any]:
         """As of the world, with features [C, M, F]."""
@@ -98,22 +105,32 @@ class SoundQuestions(WorldQuestions):
     ):
         super().__init__(name, config, describe_steps, describe_lr, answer_steps, lr, encoder_lr, weight_decay)
         self.one_stream = one_stream
-        self.hearing = nn.Linear(self.model.config.audio_config.d_model, len(SOUNDS))
-        self.description.hearing = self.hearing  # trained and thrown away with the other heads
+        connector, width = self.model.connector, self.model.config.text_config.hidden_size
+        tokens = len(connector.video_query_tokens[0]) // connector.window * width
+        # What the tokens of a frame say: which colours are there, which are new, and what is heard. Thrown away later.
+        self.description.frame = nn.Linear(tokens, 2 * len(COLOURS) + len(SOUNDS))
         self.streams = "both"
 
     def describing_loss(self, batch: dict[str, Any]) -> Tensor:
-        seen = self.description.patch_loss(
-            self.model.grid_features(self.pixels(batch)), batch["looks"], batch["places"]
-        )
-        return seen + self.hearing_loss(batch)
+        looks, places = batch["looks"].flatten(0, 1), batch["places"].flatten(0, 1)
+        some = slice(None, None, 4)
+        pixels = self.pixels(batch).flatten(0, 1)[some]
+        seen = self.description.patch_loss(self.model.grid_features(pixels), looks[some], places[some])
+        return seen + self.token_loss(self.model.clip_tokens(**self.clip_media(batch)), batch)
 
-    def hearing_loss(self, batch: dict[str, Any]) -> Tensor:
-        steps = self.model.speech_encoder(batch["features"]).last_hidden_state
-        said = self.hearing(steps.unflatten(1, (batch["heard"].shape[1], -1)).mean(2))
-        weight = torch.ones(len(SOUNDS), device=said.device)
+    def token_loss(self, tokens: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Of what the tokens [C, W, N, D] of each frame say of it."""
+        by_frame = tokens.flatten(1, 2).unflatten(1, (batch["heard"].shape[1], -1)).flatten(2)
+        there, new, sound = self.description.frame(by_frame).split((len(COLOURS), len(COLOURS), len(SOUNDS)), -1)
+        present = (batch["looks"] != ABSENT).float()
+        appears = (present - F.pad(present, (0, 0, 1, 0))[:, :-1]).clamp(min=0)
+        weight = torch.ones(len(SOUNDS), device=sound.device)
         weight[0] = 0.3
-        return F.cross_entropy(said.flatten(0, 1), batch["heard"].flatten(), weight=weight)
+        return (
+            4 * F.binary_cross_entropy_with_logits(there, present)
+            + 4 * F.binary_cross_entropy_with_logits(new, appears, pos_weight=torch.full_like(new[0, 0], 4.0))
+            + F.cross_entropy(sound.flatten(0, 1), batch["heard"].flatten(), weight=weight)
+        )
 
     def clip_media(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What the model takes of every clip of a batch, as far as `self.streams` lets it see and hear."""
