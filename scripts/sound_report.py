@@ -38,8 +38,8 @@ training one batch in ten was silent and one in ten dark, so it knows both cases
 
 Mean over the kinds that need both: {both}.
 
-In so short a training it has hardly begun to bring the two together: what is seen alone and what is heard alone it knows
-well, but which colour comes with which sound it often guesses. Read the columns beside each other before relying on it.
+In so short a training it has hardly begun to bring the two together: what is seen alone and what is heard alone it
+knows well, but which colour comes with which sound it often guesses. Read the columns beside each other first.
 
 Written as H.264 films with an AAC sound track at 128 pixels and read back by `ask` ({file_questions} questions):
 {files} right.
