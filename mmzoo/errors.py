@@ -98,6 +98,19 @@ class EvaluationError(MmzooError, RuntimeError):
     """An evaluation had to stop. What `mmzoo eval` was answered is kept, and the same command goes on from there."""
 
 
+class AudioReadError(MmzooError, OSError):
+    """A sound could not be read, or less of it than the file promises.
+
+    Attributes:
+        path: the file.
+        cause: what was wrong.
+    """
+
+    def __init__(self, path: str | Path, cause: str, hint: str = ""):
+        self.path, self.cause = str(path), cause
+        super().__init__(f"Cannot read the sound of {self.path!r}: {cause}." + (f" {hint}" if hint else ""))
+
+
 class VideoReadError(MmzooError, OSError):
     """A video could not be read, or not as many frames as were asked for.
 

@@ -63,12 +63,14 @@ def scale_batch(side: str) -> TokenLayout:
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sliding-window": [{"window": 3}],
+    "causal-qformer": [{"direction": "future"}, {"direction": "past"}],
     "mmca": [{"empty": "zero"}, {"empty": "uniform"}],
     "block-causal": [{"frames_per_block": 3, "window": 4}],
     "sink-window": [{"window": 4, "sink_frames": 1, "frames_per_block": 2}],
     "teacher-forcing": [{"frames_per_block": 2}],
 }
 LAYOUTS = {
+    "causal-qformer": latent_batch,
     "causal-temporal": latent_batch,
     "block-causal": latent_batch,
     "sink-window": latent_batch,

@@ -542,7 +542,10 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("name", ["aki-nano", "cca-nano", "tc-llava-nano", "video-ccam-nano", "visualchat-nano"])
+NANO = ["aki-nano", "cca-nano", "tc-llava-nano", "video-ccam-nano", "visualchat-nano", "favor-nano"]
+
+
+@pytest.mark.parametrize("name", NANO)
 def test_every_nano_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]

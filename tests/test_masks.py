@@ -127,6 +127,11 @@ def causal_temporal(q: Token, k: Token, *_: list[Token]) -> bool:
     return k.frame <= q.frame
 
 
+def causal_qformer(direction: str) -> Reference:
+    """specs/favor.md: floor(j/32) >= floor(i/32) as coded, <= as written in the paper."""
+    return lambda q, k, *_: k.frame >= q.frame if direction == "future" else k.frame <= q.frame
+
+
 def block_of(frame: int, size: int, first_frame_alone: bool = False) -> range:
     """The frames of the frame's block, as if the clip went on."""
     start, stop = 0, 1 if first_frame_alone else size
@@ -223,6 +228,10 @@ CASES = [
     *(
         Case("mmca", (image_branch, text_branch), options={"empty": empty}, label=empty)
         for empty in ("zero", "uniform")
+    ),
+    *(
+        Case("causal-qformer", (causal_qformer(side),), LATENT, {"direction": side}, side)
+        for side in ("future", "past")
     ),
     Case("causal-temporal", (causal_temporal,), LATENT),
     *(

@@ -109,7 +109,7 @@ def decode_all(path: Path) -> np.ndarray:
 # Sampling rules
 
 
-RECORDED_ELSEWHERE = {"ccam_demo", "ccam_demo_fps"}  # in the parity data of Video-CCAM
+RECORDED_ELSEWHERE = {"ccam_demo", "ccam_demo_fps", "favor"}  # by Video-CCAM; tests/test_favor.py
 
 
 @pytest.mark.parametrize("rule", sorted(SAMPLING_RULES.keys() - {"all", "vlmevalkit_mp4"} - RECORDED_ELSEWHERE))

@@ -42,6 +42,9 @@ SIZES = {
     "video-ccam-14b-v1.1": (687, 14_381_341_216),
     "video-ccam-4b-v1.2": (639, 4_240_083_488),
     "video-ccam-7b-v1.2": (783, 8_035_145_248),
+    "favor-7b": (1663, 8_597_447_168),
+    "favor-13b": (1735, 14_875_683_328),
+    "video-salmonn-13b": (1738, 14_909_315_584),
 }
 
 
@@ -76,6 +79,15 @@ def inputs(model: MultimodalLM, rows: list[int], padding_side: str = "left") -> 
 
 def unused_parts(model: MultimodalLM) -> tuple[str, ...]:
     """Beginnings of the names of parameters that are part of released towers and have no effect."""
+    if model.config.model_type == "mmzoo_favor":
+        # Of the Q-Former of single frames only the queries are used; a silent film is not heard at all.
+        last = (
+            f"frame_qformer.encoder.layer.{model.config.qformer_config.num_hidden_layers - 1}."
+            if model.frame_qformer
+            else "x"
+        )
+        hearing = ("speech_encoder.", "connector.speech_pre_qformer_proj.")
+        return (f"{last}intermediate.", f"{last}output.", *hearing)
     head, layer = "vision_encoder.head.", getattr(model.config, "vision_layer", None)
     if layer is None:
         return (head,)
@@ -107,7 +119,8 @@ def test_entry_and_model_agree(name: str) -> None:
     found, model = entry(name), mmzoo.create(name, device="meta")
     assert model.rule == masks.rule(found.rule, **model.config.rule_options)
     assert model.config.scheme == found.scheme
-    assert model.connector_rule == (masks.rule(found.connector_rule) if found.connector_rule else None)
+    options = getattr(model.config, "connector_rule_options", {})
+    assert model.connector_rule == (masks.rule(found.connector_rule, **options) if found.connector_rule else None)
     assert (found.license is None) == (found.weights is None)
     if found.weights is None:
         with pytest.raises(NoPretrainedWeights, match="weights=None"):

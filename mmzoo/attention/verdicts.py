@@ -53,6 +53,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "concentric-causal": lambda: Example(masks.concentric_causal(), PICTURE),
     "frame-block-causal": lambda: Example(masks.frame_block_causal(), DIALOGUE),
     "full-visual": lambda: Example(masks.full_visual(), DIALOGUE),
+    "causal-qformer": lambda: Example(masks.causal_qformer(), lay_out(video(3, 2)), decodes=False),
     "ccam": lambda: Example(masks.causal_cross_attention(), query_layout(6, 4), lay_out(video(4, 3)), decodes=False),
     "mmca": lambda: Example(masks.multimodal_causal(), DIALOGUE),
     "causal-temporal": lambda: Example(masks.causal_temporal(), FRAMES),

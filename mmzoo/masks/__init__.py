@@ -7,6 +7,7 @@ from typing import Any
 
 from mmzoo.errors import InputError
 from mmzoo.masks.basic import bidirectional, causal, prefix, sliding_window
+from mmzoo.masks.causal_qformer import causal_qformer
 from mmzoo.masks.ccam import causal_cross_attention
 from mmzoo.masks.concentric import concentric_causal
 from mmzoo.masks.frame_block import frame_block_causal, full_visual
@@ -25,6 +26,7 @@ RULES: dict[str, Callable[..., Rule | tuple[Rule, Rule]]] = {
     "frame-block-causal": frame_block_causal,
     "full-visual": full_visual,
     "ccam": causal_cross_attention,
+    "causal-qformer": causal_qformer,
     "mmca": multimodal_causal,
     "causal-temporal": causal_temporal,
     "block-causal": block_causal,
@@ -43,7 +45,7 @@ def rule(name: str, **options: Any) -> Rule | tuple[Rule, Rule]:
 
 __all__ = [
     "RULES", "Class", "Relation", "Rule", "Term", "Value", "bidirectional", "block_causal", "causal",
-    "causal_cross_attention", "causal_temporal", "concentric_causal", "frame_block_causal", "full_visual",
-    "modality_mutual", "multimodal_causal", "prefix", "rule", "scale_causal", "see", "sink_window", "sliding_window",
-    "teacher_forcing",
+    "causal_cross_attention", "causal_qformer", "causal_temporal", "concentric_causal", "frame_block_causal",
+    "full_visual", "modality_mutual", "multimodal_causal", "prefix", "rule", "scale_causal", "see", "sink_window",
+    "sliding_window", "teacher_forcing",
 ]  # fmt: skip

@@ -95,6 +95,23 @@ def ccam_demo_fps(*, num_total: int, video_fps: float, fps: float, num_frames: i
     return indices
 
 
+def favor(*, num_total: int, video_fps: float, num_frames: int | None = None) -> list[int]:
+    """FAVOR: the first and the last frame of every second; the last second ends with the video.
+
+    The authors take them from at most 60 seconds, which is a `num_frames` of 120.
+    """
+    duration = num_total / video_fps
+    seconds = max(1, math.ceil(duration - 1e-6))
+    seconds = seconds if num_frames is None else min(seconds, num_frames // 2)
+    indices = []
+    for i in range(seconds):
+        start = max(0.0, min(float(i), duration - 1))
+        first = min(math.ceil(start * video_fps - 1e-6), num_total - 1)
+        last = min(max(first, math.ceil((start + 1) * video_fps - 1e-6) - 1), num_total - 1)
+        indices += [first, last]
+    return indices
+
+
 def every_frame(*, num_total: int) -> list[int]:
     """All frames in order."""
     return list(range(num_total))
@@ -111,6 +128,7 @@ SAMPLING_RULES: dict[str, Callable[..., list[int]]] = {
     "ccam_fps": ccam_fps,
     "ccam_demo": ccam_demo,
     "ccam_demo_fps": ccam_demo_fps,
+    "favor": favor,
     "all": every_frame,
 }
 

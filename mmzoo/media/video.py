@@ -104,7 +104,7 @@ class Wanted:
             notes.append("the bound starts after the end: frames run backwards")
         if len(set(clamped)) < len(clamped):
             notes.append(f"{len(clamped)} frames are taken from {len(set(clamped))}: some repeat")
-        if self.num_frames and len(clamped) < self.num_frames and self.sampling != "ccam_fps":
+        if self.num_frames and len(clamped) < self.num_frames and self.sampling not in ("ccam_fps", "favor"):
             notes.append(f"{self.num_frames} frames were asked for, the rule gives {len(clamped)}")
         return clamped, notes
 
@@ -306,13 +306,29 @@ class VideoWriter:
         fps: frames a second.
         crf: quality of x264, 0 (best) to 51.
         growing: write .mp4 or .mov under its own name and in fragments, so that players show what is there already.
+        audio: float32 [S] from -1 to 1, mono, from the first frame on; written as AAC when the file is closed.
+        sample_rate: of the sound.
 
     Raises:
         InputError: another suffix, or numbers outside these ranges.
         MissingExtra: PyAV is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fps: float = 8, crf: int = 18, growing: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fps: float = 8,
+        crf: int = 18,
+        growing: bool = False,
+        audio: np.ndarray | None = None,
+        sample_rate: int = 16000,
+    ):
+        if audio is not None and (audio.dtype != np.float32 or audio.ndim != 1 or sample_rate < 1):
+            raise InputError(
+                f"Sound is written from float32 [S] at a rate of 1 or more, not {audio.dtype} {list(audio.shape)} at "
+                f"{sample_rate!r}."
+            )
+        self.audio, self.sample_rate = audio, sample_rate
         self.path, self.fps, self.crf, self.growing = Path(path), fps, crf, growing
         if self.path.suffix.lower() not in _CONTAINERS:
             raise InputError(f"Video is written as .mp4, .mov or .mkv, not {self.path.name!r}.")
@@ -359,15 +375,32 @@ class VideoWriter:
         stream = self._container.add_stream("libx264", rate=rate, options=options)
         stream.codec_context.thread_count = 1
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if self.audio is not None:
+            self._sound = self._container.add_stream("aac", rate=self.sample_rate, layout="mono")
         return stream
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None and self._stream is not None:
             self._container.mux(self._stream.encode())
+            if self.audio is not None:
+                self._write_sound(self.audio)
         self._files.__exit__(*error)
 
+    def _write_sound(self, audio: np.ndarray) -> None:
+        frame = self._av.AudioFrame.from_ndarray(audio[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = self.sample_rate, 0, Fraction(1, self.sample_rate)
+        self._container.mux(self._sound.encode(frame))
+        self._container.mux(self._sound.encode())
 
-def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: float = 8, crf: int = 18) -> None:
+
+def write_video(
+    frames: np.ndarray,
+    path: str | os.PathLike[str],
+    fps: float = 8,
+    crf: int = 18,
+    audio: np.ndarray | None = None,
+    sample_rate: int = 16000,
+) -> None:
     """Writes a whole video, as `VideoWriter` does.
 
     Args:
@@ -375,10 +408,11 @@ def write_video(frames: np.ndarray, path: str | os.PathLike[str], fps: float = 8
         path: ends in .mp4, .mov or .mkv.
         fps: frames a second.
         crf: quality of x264, 0 (best) to 51.
+        audio, sample_rate: the sound, as `VideoWriter` takes it.
 
     Raises:
-        InputError: frames of another kind, or another suffix.
+        InputError: frames or sound of another kind, or another suffix.
         MissingExtra: PyAV is not installed.
     """
-    with VideoWriter(path, fps, crf) as writer:
+    with VideoWriter(path, fps, crf, audio=audio, sample_rate=sample_rate) as writer:
         writer.write(frames)

@@ -20,6 +20,8 @@ _VISUALCHAT = {
     "scheme": "sequential",
     "paper": "arXiv:2309.14327",
 }
+_FAVOR = {"family": "favor", "task": VIDEO, "rule": "causal", "connector_rule": "causal-qformer", "scheme": "sequential", "paper": "arXiv:2310.05863"}  # fmt: skip  # noqa: E501
+_SALMONN = {**_FAVOR, "paper": "arXiv:2406.15704"}
 
 _LONGLIVE = {"family": "longlive", "task": "text-to-video", "rule": "sink-window", "scheme": "absolute-rope", "library": "diffusers", "paper": "arXiv:2509.22622"}  # fmt: skip  # noqa: E501
 
@@ -63,3 +65,8 @@ register(Entry("arpg-300m", **_ARPG, summary="ARPG-L: images of ImageNet's class
 register(Entry("arpg-700m", **_ARPG, summary="ARPG-XL: images of ImageNet's classes by randomised parallel decoding, 719 M parameters"))  # fmt: skip  # noqa: E501
 register(Entry("arpg-1b", **_ARPG, summary="ARPG-XXL: images of ImageNet's classes by randomised parallel decoding, 1.3 B parameters"))  # fmt: skip  # noqa: E501
 register(Entry("arpg-tiny", **_ARPG, summary="ARPG's classes at test size, random weights"))
+register(Entry("favor-7b", **_FAVOR, summary="InstructBLIP's ViT-g and Q-Former, Whisper-large-v2, causal Q-Former, Vicuna-7B"))  # fmt: skip  # noqa: E501
+register(Entry("favor-13b", **_FAVOR, summary="InstructBLIP's ViT-g and Q-Former, Whisper-large-v2, causal Q-Former, Vicuna-13B"))  # fmt: skip  # noqa: E501
+register(Entry("video-salmonn-13b", **_SALMONN, summary="as FAVOR, with a second audio stream and a multi-resolution causal Q-Former"))  # fmt: skip  # noqa: E501
+register(Entry("favor-tiny", **_FAVOR, summary="FAVOR's classes at test size, random weights"))
+register(Entry("favor-nano", **_FAVOR, summary="FAVOR's classes at 0.4 M parameters, trained in the synthetic world with sound", weights="package:favor-nano", license="apache-2.0", sha256={"model.safetensors": "2780e658644e5030472449f24703f225316f572677cf5953cf32a92dc25b7cbc"}))  # fmt: skip  # noqa: E501
