@@ -21,14 +21,14 @@ from test_cli import failure, run
 from mmzoo.errors import InputError
 from mmzoo.layout import image, lay_out, text
 from mmzoo.world import COLOURS, SHAPES
-from mmzoo_training import claim_ccam, claim_cells, reproduce
+from mmzoo_training import claim_ccam, claim_cells, claim_video, reproduce
 from mmzoo_training.claims import Batch, Claim, accuracy
 
 WAYS = claim_cells.WAYS
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> dict[str, Claim]:
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Claim]]:
     """The claims, with runs of 2 steps and small tests."""
     monkeypatch.setattr(claim_ccam, "TEST_CLIPS", 6)
     monkeypatch.setattr(claim_ccam, "PROBE_CLIPS", 4)
@@ -36,9 +36,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> dict[str, Claim]:
     monkeypatch.setattr(claim_cells, "TEST_ROWS", 40)
     monkeypatch.setattr(claim_cells, "PROBE_ROWS", 8)
     monkeypatch.setattr(claim_cells, "BATCH", 8)
+    for name, value in (("TEST_CLIPS", 2), ("PROBE_CLIPS", 1), ("BATCH", 2), ("FRAMES", 29)):
+        monkeypatch.setattr(claim_video, name, value)
+    claim_video.test_clips.cache_clear()
     found = {name: replace(claim, steps=2) for name, claim in reproduce.CLAIMS.items()}
     monkeypatch.setattr(reproduce, "CLAIMS", found)
-    return found
+    yield found
+    claim_video.test_clips.cache_clear()
 
 
 # What is asked.
@@ -292,6 +296,11 @@ def test_every_claim_runs(short: dict[str, Claim], tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"{name}.json").read_text())["claim"] == name
 
 
+def test_a_video_run_is_a_function_of_variant_and_seed(short: dict[str, Claim]) -> None:
+    one, other = (reproduce.run("causal-video", "causal", 0, 2, lambda: None) for _ in range(2))
+    assert (one["scores"], one["curve"]) == (other["scores"], other["curve"])
+
+
 def test_a_run_is_a_function_of_variant_and_seed(short: dict[str, Claim]) -> None:
     def made(variant: str, seed: int) -> Any:
         found = reproduce.run("mma", variant, seed, 2, lambda: None)
@@ -456,7 +465,7 @@ def test_the_command_prints_the_table(counted: SimpleNamespace, tmp_path: Path) 
 def test_an_unknown_claim_names_the_known_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "ccam, frame-block, cca, mma, and all" in failure(monkeypatch, capsys, "reproduce", "alchemy").replace(
-        "\n", " "
-    )
-    assert [claim.name for claim in reproduce.claims("all")] == ["ccam", "frame-block", "cca", "mma"]
+    assert "ccam, frame-block, cca, mma, causal-video, and all" in failure(
+        monkeypatch, capsys, "reproduce", "alchemy"
+    ).replace("\n", " ")
+    assert [claim.name for claim in reproduce.claims("all")] == ["ccam", "frame-block", "cca", "mma", "causal-video"]

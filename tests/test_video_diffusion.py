@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from mmzoo.errors import InputError
 from mmzoo.models.vid_gpt import CONFIGS, ViDGPT
 from mmzoo.world import make_bouncing_clip
-from mmzoo_training import claim_video, reproduce
+from mmzoo_training import claim_video
 from mmzoo_training.callbacks import ExactResume, LossTrace
 from mmzoo_training.rollouts import continued, fates, report
 from mmzoo_training.video_diffusion import Chain, ClipBatches, ClipData, VideoDiffusion, drawn_loss, losses
@@ -210,27 +209,6 @@ def test_many_clips_at_once_are_each_its_own_rollout(rule: str) -> None:
 
 
 # The claim.
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim_video, "TEST_CLIPS", 2)
-    monkeypatch.setattr(claim_video, "PROBE_CLIPS", 1)
-    monkeypatch.setattr(claim_video, "BATCH", 2)
-    monkeypatch.setattr(claim_video, "FRAMES", 25)
-    claim_video.test_clips.cache_clear()
-    monkeypatch.setitem(reproduce.CLAIMS, "causal-video", replace(claim_video.CLAIM, steps=2))
-
-
-def test_the_claim_runs_and_a_seed_gives_its_numbers_again(short: None, tmp_path: Path) -> None:
-    claim = reproduce.CLAIMS["causal-video"]
-    found = reproduce.reproduce(claim, 1, tmp_path)
-    assert [run["variant"] for run in found["runs"]] == ["bidirectional", "causal"]
-    again = reproduce.run("causal-video", "causal", 0, 2, lambda: None)
-    cost = "CPU s of the rollouts"
-    assert {**again["scores"], cost: 0} == {**found["runs"][1]["scores"], cost: 0}
-    assert claim.metric in reproduce.markdown(claim, found)
-    claim_video.test_clips.cache_clear()
 
 
 def test_the_levels_of_a_still_picture() -> None:

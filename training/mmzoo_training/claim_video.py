@@ -8,7 +8,6 @@ Shape legend: B clips, F frames.
 
 from __future__ import annotations
 
-import time
 from functools import cache
 
 import numpy as np
@@ -70,19 +69,17 @@ def followed(model: ViDGPT, number: int) -> float:
     """The share of objects that are where they should be, over the first 8 frames."""
     was_training = model.training
     model.eval()
-    found = fates_of(model, number, GIVEN + 8)[0]
+    found = fates_of(model, number, GIVEN + 8)
     model.train(was_training)
     return near(found, slice(GIVEN, GIVEN + 8))
 
 
-def fates_of(model: ViDGPT, number: int, frames: int) -> tuple[list[Fate], float]:
-    """What became of the objects of the first test clips, and the CPU seconds that the rollout took."""
-    clips = test_clips()[:number]
+def fates_of(model: ViDGPT, number: int, frames: int) -> list[Fate]:
+    """What became of the objects of the first test clips."""
+    clips = test_clips(number)
     given = torch.from_numpy(np.stack([clip.frames[:GIVEN] for clip in clips]))
-    start = time.process_time()
     made = continued(model, given, frames).numpy()
-    took = time.process_time() - start
-    return [fate for clip, one in zip(clips, made) for fate in fates(clip, one)], took
+    return [fate for clip, one in zip(clips, made) for fate in fates(clip, one)]
 
 
 def near(found: list[Fate], frames: slice) -> float:
@@ -92,12 +89,11 @@ def near(found: list[Fate], frames: slice) -> float:
 
 def scores(model: ViDGPT) -> Scores:
     """Of rollouts over 59 frames from 5 given ones."""
-    found, took = fates_of(model.eval(), TEST_CLIPS, FRAMES)
+    found = fates_of(model.eval(), TEST_CLIPS, FRAMES)
     last = slice(FRAMES - 8, FRAMES)
     return {
         **_scores(found),
         "kept, last 8 frames": float(np.mean([fate.kept[last] for fate in found])),
-        "CPU s of the rollouts": took,
     }
 
 
@@ -109,15 +105,15 @@ def _scores(found: list[Fate]) -> Scores:
 
 
 @cache
-def test_clips() -> tuple[Clip, ...]:
-    """The clips of the test, the same for all runs."""
-    return tuple(make_bouncing_clip(seed, split="test", size=SIZE, num_frames=FRAMES) for seed in range(TEST_CLIPS))
+def test_clips(number: int) -> tuple[Clip, ...]:
+    """The first clips of the test, the same for all runs."""
+    return tuple(make_bouncing_clip(seed, split="test", size=SIZE, num_frames=FRAMES) for seed in range(number))
 
 
 def levels() -> dict[str, dict[str, float]]:
     """Who lets the last given frame stand."""
     found = []
-    for clip in test_clips():
+    for clip in test_clips(TEST_CLIPS):
         still = np.concatenate([clip.frames[:GIVEN], np.repeat(clip.frames[GIVEN - 1 : GIVEN], FRAMES - GIVEN, 0)])
         found += fates(clip, still)
     return {"the last given frame, again and again": {**_scores(found), "kept, last 8 frames": 1.0}}
@@ -140,7 +136,8 @@ CLAIM = Claim(
     caveats=(
         "Both variants train on the same clips with the same noise, for the same number of steps; in the bidirectional "
         "one clean frames see the noisy ones, too.",
-        "CPU seconds are of 48 rollouts at once, on one thread, and say nothing of an accelerator.",
+        "For 4 new frames the causal model passes 36 frames through its layers (8 steps of 4, and 4 to write), "
+        "the bidirectional one 72 (8 steps of 9). The longer the window, the larger the difference.",
         "What is kept is kept in colour and size alone: an object that stands still is kept, but not followed.",
     ),
 )
