@@ -78,7 +78,7 @@ class RollingKVCache:
         for frame in reversed(self.block):
             if frame in self.frames:
                 slots[frame] = self.frames.index(frame)
-        for frame in self.block if len(self.frames) < self.window else ():
+        for frame in self.block[-self.window :] if len(self.frames) < self.window else ():
             if frame not in slots and len(self.frames) < self.window:
                 slots[frame] = len(self.frames)
                 self.frames.append(frame)

@@ -24,6 +24,7 @@ DRIFT = Entry(
 NAMES = [name for name in mmzoo.list_models() if entry(name).library == "diffusers"]
 SMALL = [*(name for name in NAMES if name.endswith(("-tiny", "-nano"))), "drift-tiny"]
 SIZES: dict[str, tuple[int, int]] = {
+    "vid-gpt-xl": (663, 910_210_464),
     "longlive-1.3b": (825, 1_418_996_800),
     "arpg-300m": (198, 319_845_376),
     "arpg-700m": (294, 718_997_760),

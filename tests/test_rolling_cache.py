@@ -95,6 +95,13 @@ def test_after_a_reset_the_sink_begins_elsewhere() -> None:
     assert sorted(cache.frames) == [2, 4, 5, 6] and held(cache, keys)[2] == [2010.0]
 
 
+def test_of_a_block_larger_than_the_window_the_latest_are_held() -> None:
+    cache = RollingKVCache(1, 3)
+    cache.begin(range(5))
+    keys, _ = cache.update(0, written(range(5), 0, 1), written(range(5), 0, 1))
+    assert held(cache, keys) == {frame: [1000.0 * frame] for frame in (2, 3, 4)}
+
+
 def test_a_window_needs_room_beside_its_sink() -> None:
     with pytest.raises(InputError, match="larger than its sink"):
         RollingKVCache(1, 3, sink=3)
