@@ -13,7 +13,6 @@ from mmzoo.attention import attend
 from mmzoo.attention.backends import BACKENDS
 from mmzoo.attention.verdicts import EXAMPLES, SCENARIOS, verdict
 from mmzoo.layout import TokenLayout, batch, lay_out, pack, text, video
-from mmzoo.registry import entry
 from mmzoo.world import make_clip
 
 pytestmark = [
@@ -113,7 +112,7 @@ def test_a_compiled_training_step_with_flex_attention() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in mmzoo.list_models("*-nano") if entry(name).weights])
+@pytest.mark.parametrize("name", mmzoo.list_models("*-nano", library="transformers", pretrained=True))
 def test_what_ships_answers_on_a_gpu_as_on_a_cpu(name: str) -> None:
     clip = make_clip(0, split="test", size=32)
     questions = [question.text for question in clip.questions]
