@@ -121,7 +121,7 @@ def blocks(head_dim: int, dtype: torch.dtype, size: int, shared_memory: int) -> 
     bytes_a_row = wide * dtype.itemsize
     if bytes_a_row <= 128:
         found = {"forward": (128, 64, 4, 3), "backward": (64, 64, 4, 3 if large else 2)}
-    elif bytes_a_row <= 256:
+    elif bytes_a_row <= 256 and (large or dtype.itemsize < 4):
         found = {"forward": (128, 64, 8, 3 if large else 2), "backward": (64, 64, 8, 2 if large else 1)}
     elif bytes_a_row <= 512:
         found = {"forward": (64, 32, 4, 2 if large else 1), "backward": (32, 32, 4, 2 if large else 1)}
