@@ -64,7 +64,7 @@ def locate(place: str, *, token: str | None = None, endpoint: str | None = None)
         folder = Path(str(resources.files("mmzoo") / "assets" / place.removeprefix(PACKAGE)))
     else:
         folder = Path(place)
-    parts = (*folder.glob(f"*/{ADAPTER}"), *folder.glob("models/*.pt"))
+    parts = (*folder.glob(f"*/{ADAPTER}"), *folder.glob("*.pt"), *folder.glob("models/*.pt"))
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER)) and not parts:
         raise CheckpointError(f"No checkpoint at {place}: {folder} has no config.json.")
     _check_links(folder)

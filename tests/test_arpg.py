@@ -301,6 +301,17 @@ def test_the_authors_files_are_read(model: ARPG, tmp_path: Path, wrap) -> None:
     assert arpg.read_checkpoint(tmp_path / "a.pt", "arpg-tiny", dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_a_folder_of_the_authors_files_is_loaded_by_name(model: ARPG, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "arpg_tiny.pt")
+    (tmp_path / "arpg_300m.pt").write_bytes(b"another model's")
+    again, batch = mmzoo.load("arpg-tiny", weights=str(tmp_path)), arpg.example_inputs(model, 2)
+    assert torch.equal(again(**batch), model(**batch))
+    with pytest.raises(InputError, match="takes no device_map"):
+        mmzoo.load("arpg-tiny", weights=str(tmp_path), device_map="auto")
+    with pytest.raises(CheckpointError, match="arpg_700m.pt"):
+        mmzoo.load("arpg-700m", weights=str(tmp_path))
+
+
 class Code:
     def __reduce__(self) -> tuple:
         return (print, ("this ran",))

@@ -555,6 +555,29 @@ def read_checkpoint(path: str | Path, name: str, *, dtype: torch.dtype | None = 
     return (model if dtype is None else model.to(dtype)).eval()
 
 
+def is_in_parts(folder: Path) -> bool:
+    """Whether a folder holds files of the authors."""
+    return any(folder.glob("arpg_*.pt"))
+
+
+def read_parts(folder: Path, name: str | None = None, *, dtype: torch.dtype | None = None, **loading: Any) -> ARPG:
+    """The model of the authors' file for it in a folder, such as arpg_300m.pt for arpg-300m.
+
+    Args:
+        folder: holds one or more files of theirs.
+        name: which model to read; arpg-300m if None.
+        dtype: the file's own if None.
+
+    Raises:
+        CheckpointError: as `read_checkpoint` does.
+        InputError: loading options, which a file that is read in memory does not take.
+    """
+    if loading:
+        raise InputError(f"A release of ARPG takes no {', '.join(loading)}. Save the model, and load that.")
+    name = name or "arpg-300m"
+    return read_checkpoint(folder / f"{name.replace('-', '_')}.pt", name, dtype=dtype)
+
+
 MODEL = ARPG
 _RELEASED = {"tokenizer": "LlamaGen's VQ-16 for classes (vq_ds16_c2i.pt)"}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
 """Learning in the synthetic world with sound, for models that see and hear.
 
-Shape legend: C clips, T frames, R questions (rows of the language model), M mel bins, F feature frames, K kinds of
-sounds.
+Shape legend: C clips, T frames, R questions (rows of the language model), M mel bins, F feature frames, E events that
+are seen, S sounds that are heard.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from mmzoo.world_sound import SECONDS, SOUND_KINDS, TONES, SoundClip, make_sound
 from mmzoo_training.world import ABSENT, QuestionBatches, WorldData, WorldQuestions, describe
 
 SOUNDS = ("", *TONES, "click")
+EVENTS = (*COLOURS, "hit")
+"""A colour appears, or two objects run into each other."""
 STREAMS = ("both", "sight", "sound")
 
 
@@ -35,7 +37,8 @@ class SoundBatches(QuestionBatches):
         return make_sound_clip(seed, split=self.split, size=data.size, num_frames=data.num_frames)  # type: ignore[arg-type]
 
     def described(self, clips: Sequence[Any], seed: int, frames: int = 64) -> dict[str, Tensor]:
-        """Whole clips: frames uint8 [C, T, H, W, 3], looks [C, T, X] and places, features [C, M, F], heard [C, T]."""
+        """Whole clips: frames uint8 [C, T, H, W, 3], looks [C, T, X] and places, features [C, M, F], heard [C, T],
+        hits [C, T] and pairs [C, T, E, S]."""
         looks, places = describe([clip.clip for clip in clips], self.data.num_frames)
         return {
             "frames": torch.from_numpy(np.stack([clip.clip.frames for clip in clips])),
@@ -43,6 +46,8 @@ class SoundBatches(QuestionBatches):
             "places": places,
             "features": self.features(clips),
             "heard": heard(clips, self.data.num_frames),
+            "hits": hits(clips, self.data.num_frames),
+            "pairs": pairs(clips, self.data.num_frames),
         }
 
     def batch(self, clips: Sequence[Any], rng: random.Random, late: bool = False) -> dict[str, Any]:
@@ -69,6 +74,27 @@ def heard(clips: Sequence[SoundClip], num_frames: int) -> Tensor:
     for row, clip in zip(found, clips, strict=True):
         for sound in clip.sounds:
             row[int(sound.time * num_frames)] = SOUNDS.index(sound.name)
+    return found
+
+
+def hits(clips: Sequence[SoundClip], num_frames: int) -> Tensor:
+    """float32 [C, T]: in which frame two objects run into each other."""
+    found = torch.zeros(len(clips), num_frames)
+    for row, clip in zip(found, clips, strict=True):
+        for thing in clip.clip.objects:
+            if thing.collides:
+                row[int(thing.path[1][0] * num_frames)] = 1
+    return found
+
+
+def pairs(clips: Sequence[SoundClip], num_frames: int) -> Tensor:
+    """float32 [C, T, E, S]: which of `EVENTS` makes which of `SOUNDS` but the first, and in which frame."""
+    found = torch.zeros(len(clips), num_frames, len(EVENTS), len(SOUNDS) - 1)
+    for row, clip in zip(found, clips, strict=True):
+        for sound in clip.sounds:
+            if sound.true:
+                frame = int(sound.time * num_frames)
+                row[frame, EVENTS.index(sound.source or "hit"), SOUNDS.index(sound.name) - 1] = 1
     return found
 
 
@@ -107,8 +133,10 @@ class SoundQuestions(WorldQuestions):
         self.one_stream = one_stream
         connector, width = self.model.connector, self.model.config.text_config.hidden_size
         tokens = len(connector.video_query_tokens[0]) // connector.window * width
-        # What the tokens of a frame say: which colours are there, which are new, and what is heard. Thrown away later.
-        self.description.frame = nn.Linear(tokens, 2 * len(COLOURS) + len(SOUNDS))
+        # What the tokens of a frame say: which colours are there, what begins, what is heard, and what of it belongs
+        # together. Thrown away later.
+        self.parts = (len(COLOURS), len(EVENTS), len(SOUNDS), len(EVENTS) * (len(SOUNDS) - 1))
+        self.description.frame = nn.Linear(tokens, sum(self.parts))
         self.streams = "both"
 
     def describing_loss(self, batch: dict[str, Any]) -> Tensor:
@@ -121,15 +149,16 @@ class SoundQuestions(WorldQuestions):
     def token_loss(self, tokens: Tensor, batch: dict[str, Any]) -> Tensor:
         """Of what the tokens [C, W, N, D] of each frame say of it."""
         by_frame = tokens.flatten(1, 2).unflatten(1, (batch["heard"].shape[1], -1)).flatten(2)
-        there, new, sound = self.description.frame(by_frame).split((len(COLOURS), len(COLOURS), len(SOUNDS)), -1)
+        there, begins, sound, together = self.description.frame(by_frame).split(self.parts, -1)
         present = (batch["looks"] != ABSENT).float()
         appears = (present - F.pad(present, (0, 0, 1, 0))[:, :-1]).clamp(min=0)
         weight = torch.ones(len(SOUNDS), device=sound.device)
         weight[0] = 0.3
         return (
             4 * F.binary_cross_entropy_with_logits(there, present)
-            + 4 * F.binary_cross_entropy_with_logits(new, appears, pos_weight=torch.full_like(new[0, 0], 4.0))
+            + 4 * _rare(begins, torch.cat([appears, batch["hits"][..., None]], -1))
             + F.cross_entropy(sound.flatten(0, 1), batch["heard"].flatten(), weight=weight)
+            + 8 * _rare(together, batch["pairs"].flatten(2))
         )
 
     def clip_media(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -146,7 +175,7 @@ class SoundQuestions(WorldQuestions):
         }
 
     def training_step(self, batch: dict[str, Any], number: int) -> Tensor:
-        chance = random.Random(self.global_step).random()
+        chance = 1.0 if "looks" in batch else random.Random(self.global_step).random()
         self.streams = "sight" if chance < self.one_stream else "sound" if chance < 2 * self.one_stream else "both"
         loss = super().training_step(batch, number)
         self.streams = "both"
@@ -172,3 +201,8 @@ class SoundQuestions(WorldQuestions):
         self.right.clear()
         self.log_dict({f"{stage}_{kind}": value for kind, value in accuracy.items()})
         self.log(f"{stage}_accuracy", sum(accuracy.values()) / len(accuracy), prog_bar=True)
+
+
+def _rare(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of what seldom happens."""
+    return F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.full_like(logits[0, 0], 4.0))
