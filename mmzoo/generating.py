@@ -1,7 +1,7 @@
 """A clip into a file: shown as it grows, and gone on with after an interrupt.
 
 clip.mp4.parts/000000.npy ...   frames of each block, as they came
-clip.mp4.parts/state.pt         how to go on after the last of them
+clip.mp4.parts/state.pt         how to go on after one of them, the last if states are small
 clip.growing.mp4                all frames so far, for players that follow it
 clip.mp4                        in the end, and the others are gone
 """
@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from mmzoo.files import replacing
 from mmzoo.generation import Generator, Rollout
 from mmzoo.integrity import weights_sha256
 from mmzoo.media import VideoWriter
+
+QUICK = 0.1
+"""Seconds: states that are written faster are written after every block, others take a twentieth of the time."""
 
 
 def generate(
@@ -60,8 +64,12 @@ def generate(
     with VideoWriter(growing, model.fps, growing=True) as writer:
         for block in _blocks(parts):
             writer.write(block)
+        due = 0.0
         for block in (block.cpu().numpy() for block in rollout):
-            _keep(parts, rollout, block, key)
+            with replacing(parts / f"{rollout.done - len(block):06d}.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, block)
+            if time.monotonic() >= due:
+                due = _keep(rollout, parts, key)
             writer.write(block)
             advance(rollout.done, num_frames)
     with VideoWriter(path, model.fps) as writer:
@@ -108,11 +116,13 @@ def _resume(rollout: Rollout, parts: Path, key: str) -> None:
             path.unlink()
 
 
-def _keep(parts: Path, rollout: Rollout, block: np.ndarray, key: str) -> None:
-    with replacing(parts / f"{rollout.done - len(block):06d}.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, block)
+def _keep(rollout: Rollout, parts: Path, key: str) -> float:
+    """Write the state, and say when the next one is due: one of gigabytes must not take a second for every block."""
+    start = time.monotonic()
     with replacing(parts / "state.pt") as temporary:
         torch.save({"key": key, **rollout.state_dict()}, temporary)
+    took = time.monotonic() - start
+    return start + 20 * took if took > QUICK else 0.0
 
 
 def _blocks(parts: Path) -> Iterator[np.ndarray]:

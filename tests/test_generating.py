@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +39,31 @@ def test_an_interrupted_clip_goes_on_as_if_nothing_had_been(tmp_path: Path, monk
     assert cut.read_bytes() == whole.read_bytes()
     assert told[0] == (12, 20) and told[-1] == (20, 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.mp4", "whole.mp4"]
+
+
+def test_large_states_are_not_written_after_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came after the last state is made again: as soon as one takes long, the next one waits."""
+    model, save, states = Drift(), torch.save, list[int]()
+
+    def slow(state: dict, path: Path) -> None:
+        states.append(state["done"])
+        save(state, path)
+
+    def stop(done: int, total: int) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    whole = generate(model, tmp_path / "whole.mp4", 20)
+    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr("mmzoo.generating.time", SimpleNamespace(monotonic=itertools.count().__next__))
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, tmp_path / "cut.mp4", 20, advance=stop)
+    monkeypatch.undo()
+    assert len(states) == 1 and len(list((tmp_path / "cut.mp4.parts").glob("*.npy"))) > 1
+    told = list[int]()
+    generate(model, tmp_path / "cut.mp4", 20, advance=lambda done, total: told.append(done))
+    assert told[0] == states[0]
+    assert (tmp_path / "cut.mp4").read_bytes() == whole.read_bytes()
 
 
 def test_another_clip_under_the_same_name_is_refused(tmp_path: Path) -> None:

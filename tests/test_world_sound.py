@@ -22,6 +22,7 @@ from mmzoo.world_sound import (
     without_sound,
     write_sound_clip,
 )
+from mmzoo_training.world_sound import EVENTS, SOUNDS, heard, hits, pairs
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,19 @@ def test_a_film_has_its_sound(clips: list[SoundClip], tmp_path: Path) -> None:
     read = read_audio(tmp_path / "a.mp4").waveform
     assert np.abs(np.flatnonzero(np.abs(read) > 0.15)[0] - one.sounds[0].time * len(one.waveform)) < 0.05 * SAMPLE_RATE
     assert not without_sound(one).waveform.any()
+
+
+def test_pairs_are_what_is_seen_and_heard_in_one_frame(clips: list[SoundClip]) -> None:
+    """The sounds that a training clip's frames are described by are in the same frames as what makes them."""
+    some = clips[:60]
+    sounds, collisions, found = heard(some, 8), hits(some, 8), pairs(some, 8)
+    assert found.shape == (60, 8, len(EVENTS), len(SOUNDS) - 1)
+    assert found.sum() == sum(sound.true for clip in some for sound in clip.sounds) > 0
+    for i, frame, event, sound in found.nonzero().tolist():
+        assert SOUNDS[sounds[i, frame]] == SOUNDS[sound + 1]
+        if EVENTS[event] == "hit":
+            assert SOUNDS[sound + 1] == "click" and collisions[i, frame] == 1
+        else:
+            appear = next(thing.appear for thing in some[i].clip.objects if thing.colour == EVENTS[event])
+            assert int(appear * 8) == frame
+    assert collisions.sum() == sum(clip.clip.kind == "collision" for clip in some) > 0
