@@ -82,6 +82,24 @@ def draw_backends(part: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
+def draw_video(found: dict[str, Any], path: Path) -> None:
+    """Seconds of every frame of a clip, with the cache and computed again."""
+    figure = Figure(figsize=(8, 3.2))
+    axis, chunk = figure.subplots(), found["shape"]["chunk_frames"]
+    for way, style in (("recomputed", "s--"), ("cached", "o-")):
+        seconds = found[f"seconds a frame of each chunk, {way}"]
+        axis.plot([chunk * (i + 1) for i in range(len(seconds))], seconds, style, label=way)
+    axis.axvline(found["shape"]["window"], color="grey", linestyle=":", label="the window is full")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("frames made")
+    axis.set_ylabel("seconds a frame")
+    axis.legend(fontsize=8)
+    figure.suptitle(f"ViD-GPT-XL's layers, {found['denoising steps']} steps, {found['device']}", fontsize=10)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
 def main() -> None:
     cpu: dict[str, Any] = json.loads((RESULTS / "cpu.json").read_text())
     attention: dict[str, Any] = json.loads((RESULTS / "attention_cpu.json").read_text())
@@ -95,6 +113,7 @@ def main() -> None:
     page = replaced(page, "backends", by_backend(gpu["backends"]))
     page = replaced(page, "gpu decoding", on(gpu["decoding"]) + table(gpu["decoding"]["results"], "attention"))
     draw_backends(gpu["backends"], ROOT / "docs" / "images" / "attention_gpu.png")
+    draw_video(json.loads((RESULTS / "video_cpu.json").read_text()), ROOT / "docs" / "images" / "video-cost.png")
     with replacing(PAGE) as temporary:
         temporary.write_text(page)
 
