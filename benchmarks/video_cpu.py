@@ -2,8 +2,8 @@
 
 python benchmarks/video_cpu.py [--device cpu] [--latents 32] [--small] [--json benchmarks/results/video_cpu.json]
 
-The shape is ViD-GPT-XL's, in bfloat16 on "cuda". Fewer latents a frame make it bearable on a CPU: at 8 x 8 each layer is
-as wide and as deep, and both ways have a sixteenth of the tokens. --small takes a few small layers, too.
+The shape is ViD-GPT-XL's, in bfloat16 on "cuda". Fewer latents a frame make it bearable on a CPU: at 8 x 8
+each layer is as wide and as deep, and both ways have a sixteenth of the tokens. --small takes a few small layers, too.
 """
 
 from __future__ import annotations
