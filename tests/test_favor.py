@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 from test_models import a_model, clip
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import mmzoo
 from mmzoo.errors import AudioReadError, CheckpointError, InputError, VideoReadError
 from mmzoo.language import MultimodalLM
 from mmzoo.layout import TokenLayout
 from mmzoo.media import Audio, Video, read_video, sample_indices, write_video
-from mmzoo.models.favor import FAVORConfig, Film, load_trained
+from mmzoo.models.favor import FAVORConfig, FAVORProcessor, Film, load_trained
+from mmzoo.processing import Turn
 from mmzoo.world_sound import make_sound_clip, write_sound_clip
+from mmzoo_training.data import Rows, Source, load_samples
 
 QUESTION = "how many sounds are there"
 
@@ -185,6 +192,62 @@ def test_the_prompt_is_the_authors(tiny: MultimodalLM) -> None:
     batch = tiny.processor(tiny.processor.prompt("sounds", "<video>") + "two", videos=[FILMS[1]], labels=True)
     words = tiny.processor.tokenizer.convert_ids_to_tokens(batch["labels"][batch["labels"] >= 0])
     assert words == ["two"]
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of letters that begins every text with a space, as Vicuna's does."""
+    alphabet = ["<s>", "</s>", *sorted(set("USER: <Img></Img>ASSISTANT:whyandtwo\n▁"))]
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.add_special_tokens(["<s>", "</s>", "<image>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def test_a_dialogue_is_the_authors_and_only_its_answers_are_trained(tiny: MultimodalLM) -> None:
+    """Each turn is encoded on its own, so that a tokenizer that adds a space does so at each of them."""
+    turns = [Turn("why", "two", "<video>"), Turn("who", "no")]
+    words = "USER: <Img><video></Img> why\nASSISTANT: two{0}USER: who\nASSISTANT: no{0}"
+    assert tiny.processor.dialogue(turns) == words.format("<|endoftext|>")
+    kept = tiny.processor
+    processor = FAVORProcessor(kept.image_processor, letters(), kept.feature_extractor, letters(), 6, 3, 8, False)
+    batch = processor(processor.dialogue(turns), videos=[FILMS[1]], labels=True)
+    ids = batch["input_ids"][0][~TokenLayout(batch["layout"]).visual[0]]
+    pieces = ["<s>", *"▁USER:▁<Img>", *"▁</Img>▁why\nASSISTANT:▁two", "</s>"]
+    pieces += [*"▁USER:▁who\nASSISTANT:▁no", "</s>"]
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == pieces
+    trained = processor.tokenizer.convert_ids_to_tokens(batch["labels"][batch["labels"] >= 0])
+    assert trained == [*"▁two", "</s>", *"▁no", "</s>"]
+    with pytest.raises(InputError, match="no place for one"):
+        processor.dialogue(turns, system="You are")
+
+
+def test_records_of_films_are_trained_on(with_sound: Path, tmp_path: Path) -> None:
+    """Films of unlike length, with and without sound, packed, two turns each: the loss is the mean of theirs alone."""
+    model, folder = a_model("favor-tiny"), with_sound.parent
+    write_video(clip(0, 4)[:, :32, :32], folder / "silent.mp4", fps=2)
+    said = [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * 2, ["red", "two", "first", "one"])]
+    records = [
+        {"id": name, "video": name, "conversations": [{**said[0], "value": f"<video>\nred {name}"}, *said[1:]]}
+        for name in ("clip.mp4", "silent.mp4")
+    ]
+    (folder / "all.json").write_text(json.dumps(records))
+    source = Source(str(folder / "all.json"))
+    samples, problems = load_samples(source, model.processor, "chat", 200, None)
+    assert not problems
+    rows = Rows(samples, model.processor)
+    (batch, found), alone = rows.collate([rows[[0, 1]]]), [rows.collate([rows[[i]]])[0] for i in (0, 1)]
+    assert not found
+    assert batch["num_frames"].tolist() == [[8, 4]]
+    assert batch["audio_frames"].tolist() == [[8, 0]]
+    words = model.processor.tokenizer.convert_ids_to_tokens(batch["labels"][batch["labels"] >= 0])
+    assert words == ["two", "<|endoftext|>", "one", "<|endoftext|>"] * 2
+
+    def loss(one: dict[str, Any]) -> Tensor:
+        taken = {name: x for name, x in one.items() if name not in ("source", "attention_mask")}
+        return model(**taken).loss
+
+    torch.testing.assert_close(loss(batch), sum(map(loss, alone)) / 2, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

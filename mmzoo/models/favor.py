@@ -46,7 +46,7 @@ from mmzoo.language import MultimodalConfig, MultimodalLM, media_starts
 from mmzoo.layout import Modality, Span, TokenLayout, batch, video
 from mmzoo.media import Audio, Video, read_audio, read_image, read_video, streams
 from mmzoo.models.visualchat import clip_image_processor
-from mmzoo.processing import IMAGE, VIDEO, MultimodalProcessor, answer_labels, word_tokenizer
+from mmzoo.processing import IMAGE, VIDEO, MultimodalProcessor, Turn, answer_labels, word_tokenizer
 from mmzoo.world_sound import SOUND_VOCABULARY
 
 logger = logging.getLogger(__name__)
@@ -402,6 +402,7 @@ class FAVORProcessor(MultimodalProcessor):
     """
 
     sampling = "favor"
+    multi_turn = True
     before_answer = " "
 
     def __init__(
@@ -440,24 +441,39 @@ class FAVORProcessor(MultimodalProcessor):
         places = "" if not media or media in question else f"<Img>{media}</Img> "
         return f"USER: {places}{question}{self.answer_marker}{self.before_answer}"
 
+    def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        """The text of questions with their answers, as FAVOR is trained on it: each answer ends with "</s>"."""
+        return "".join(
+            self.prompt(turn.question, turn.media, system=system) + turn.answer + self.tokenizer.eos_token
+            for turn in turns
+        )
+
     def spans(self, pixels: Tensor, modality: Modality) -> list[Span]:
-        return [self.item_span(len(pixels))]
+        """The most tokens that a medium takes: of a clip as many frames are shown, and it may sound to the end."""
+        heard = 2 * self.feature_extractor.chunk_length if modality == Modality.VIDEO else 0
+        return [self.item_span(max(len(pixels), heard))]
 
     def item_span(self, length: int) -> Span:
         """The tokens of an item that lasts so many half seconds: a window stands as a frame."""
         return video(-(-length // self.window), self.num_queries, grid=False)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
-        """The ids of a text. What stands between media is encoded on its own, as the authors do."""
-        place = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        """The ids of a text. What stands between media and between turns is encoded on its own, as the authors do."""
         ids: list[int] = []
-        for i, piece in enumerate(text.rstrip(" ").split(IMAGE)):
-            ids += [place] if i else []
-            ids += self.tokenizer(piece, add_special_tokens=add_special_tokens and not i)["input_ids"]
+        for i, piece in enumerate(re.split(f"({IMAGE}|{re.escape(self.tokenizer.eos_token)})", text.rstrip(" "))):
+            if i % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            else:
+                ids += self.tokenizer(piece, add_special_tokens=add_special_tokens and not i)["input_ids"]
         return ids[:max_length]
 
     def marker_ids(self, marker: str) -> list[int]:
-        """The ids of a marker inside a text; at its beginning, tokenizers such as LLaMA's would add a space."""
+        """The ids of a marker where it stands: a turn begins a piece of text, an answer is marked inside one.
+
+        At the beginning, tokenizers such as LLaMA's add a space.
+        """
+        if marker == self.turn_marker:
+            return super().marker_ids(marker)
         before, whole = super().marker_ids("a"), super().marker_ids(f"a{marker}")
         return whole[len(before) :]
 
