@@ -119,8 +119,6 @@ class FAVOR(MultimodalLM):
     media_inputs = (
         "pixel_values", "num_frames", "input_features", "audio_frames", "question_ids", "second_waveforms"
     )  # fmt: skip
-    second_audio_encoder: SecondAudioEncoder | None = None
-    """What hears second_waveforms; it is no part of the checkpoint."""
 
     def __init__(self, config: FAVORConfig):
         super().__init__(config)
@@ -140,6 +138,7 @@ class FAVOR(MultimodalLM):
         self.llama_model = AutoModelForCausalLM.from_config(config.text_config)
         taken = {"question_ids": config.instruction, "second_waveforms": bool(second)}
         self.media_inputs = tuple(name for name in self.media_inputs if taken.get(name, True))
+        self._second_audio_encoder: tuple[SecondAudioEncoder | None] = (None,)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -148,6 +147,21 @@ class FAVOR(MultimodalLM):
     @property
     def language_model(self) -> PreTrainedModel:
         return self.llama_model
+
+    @property
+    def second_audio_encoder(self) -> SecondAudioEncoder | None:
+        """What hears second_waveforms, such as BEATs."""
+        return self._second_audio_encoder[0]
+
+    def set_second_audio_encoder(self, encoder: SecondAudioEncoder | None) -> None:
+        """Plug in what hears second_waveforms. It is frozen and no part of the model: neither saved nor moved with it.
+
+        Raises:
+            InputError: the model has no second stream.
+        """
+        if self.config.second_audio_size is None:
+            raise InputError("This model hears one audio stream: its second_audio_size is None.")
+        self._second_audio_encoder = (encoder,)  # a tuple hides it from the state dict
 
     @property
     def connector_rule(self) -> masks.Rule:
@@ -304,12 +318,21 @@ class FAVOR(MultimodalLM):
         return torch.where(here[..., None], audio, 0).unflatten(0, audio_frames.shape)
 
     def _second(self, waveforms: Tensor | None, like: Tensor) -> Tensor:
+        """[N, at most as many steps as Whisper gives, second_audio_size]."""
         if self.second_audio_encoder is None or waveforms is None:
             raise InputError(
-                "This model hears a second audio stream (BEATs), whose encoder is no part of it. Set "
-                "model.second_audio_encoder, and processor.waveforms = True."
+                "This model hears a second audio stream (BEATs), whose encoder is no part of it. Give one to "
+                "model.set_second_audio_encoder, and set processor.waveforms = True."
             )
-        return self.second_audio_encoder(waveforms.flatten(0, 1)).to(like.dtype)[:, : like.shape[1]]
+        with torch.no_grad():
+            heard = self.second_audio_encoder(waveforms.flatten(0, 1).float())
+        size = self.config.second_audio_size
+        if heard.dim() != 3 or (len(heard), heard.shape[2]) != (len(like), size):
+            raise InputError(
+                f"The second audio encoder gave {list(heard.shape)} for {len(like)} sounds; this model takes "
+                f"[{len(like)}, steps, {size}]."
+            )
+        return heard.to(like.dtype)[:, : like.shape[1]]
 
     def patch_weights(
         self,
@@ -318,6 +341,7 @@ class FAVOR(MultimodalLM):
         input_features: Tensor,
         audio_frames: Tensor,
         question_ids: Tensor | None = None,
+        second_waveforms: Tensor | None = None,
     ) -> Tensor:
         """float [1, W * N, F * P]: how much each token of a row's one item takes from each patch of its frames.
 
@@ -329,7 +353,8 @@ class FAVOR(MultimodalLM):
                 "Where an answer looked is known for one video, of a model whose frames keep their patches."
             )
         visual = self._visual(pixel_values[None], num_frames[None], None)[0]
-        audio = self._audio(input_features[None], audio_frames[None], None)[0]
+        waveforms = None if second_waveforms is None else second_waveforms[None]
+        audio = self._audio(input_features[None], audio_frames[None], waveforms)[0]
         lengths, frames = torch.maximum(num_frames, audio_frames), int(num_frames[0])
         joint = synchronise(visual, audio, self.connector.audio_per_frame)[:, : int(lengths[0])]
         weights = self.connector.frame_weights(joint, lengths)[0]
@@ -712,6 +737,41 @@ _SMALL_AUDIO = {"num_mel_bins": 24, "encoder_layers": 1, "encoder_attention_head
 _SMALL_AUDIO |= {"vocab_size": 8, "max_source_positions": 40, "dropout": 0.0}
 _SMALL_AUDIO |= {"bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
 
+_TINY: dict[str, Any] = {
+    "text_config": _TINY_TEXT,
+    "vision_config": {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "initializer_range": 0.02,
+    },
+    "qformer_config": {
+        "vocab_size": len(word_tokenizer(_TINY_WORDS)),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "encoder_hidden_size": 24,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "num_query_tokens": 6,
+    "audio_config": {**_SMALL_AUDIO, "d_model": 16, "encoder_ffn_dim": 24},
+    "connector": {
+        "num_queries": 6,
+        "window": 3,
+        "fine_queries": 2,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "audio_per_frame": 5,
+        "max_positions": 24,
+    },
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "favor-7b": {"text_config": _VICUNA_7B, **_FULL},
     "favor-13b": {"text_config": _VICUNA_13B, **_FULL},
@@ -721,40 +781,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "second_audio_size": 768,
         "connector": {"num_queries": 30, "fine_queries": 3},
     },
-    "favor-tiny": {
-        "text_config": _TINY_TEXT,
-        "vision_config": {
-            "hidden_size": 24,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-            "initializer_range": 0.02,
-        },
-        "qformer_config": {
-            "vocab_size": len(word_tokenizer(_TINY_WORDS)),
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "max_position_embeddings": 64,
-            "encoder_hidden_size": 24,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        },
-        "num_query_tokens": 6,
-        "audio_config": {**_SMALL_AUDIO, "d_model": 16, "encoder_ffn_dim": 24},
-        "connector": {
-            "num_queries": 6,
-            "window": 3,
-            "fine_queries": 2,
-            "num_heads": 2,
-            "intermediate_size": 24,
-            "audio_per_frame": 5,
-            "max_positions": 24,
-        },
-    },
+    "favor-tiny": _TINY,
+    "video-salmonn-tiny": {**_TINY, "second_audio_size": 12},
     "favor-nano": {
         "text_config": {
             **_TINY_TEXT,
@@ -810,6 +838,7 @@ def processor(name: str, config: FAVORConfig) -> FAVORProcessor | None:
         num_frames=8,
         whole_length=False,
         instruction=config.instruction,
+        waveforms=config.second_audio_size is not None,
     )
 
 
