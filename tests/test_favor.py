@@ -5,19 +5,29 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from test_finetune import run_cli
 from test_models import a_model, clip
 from tokenizers import Tokenizer, normalizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import mmzoo
+from mmzoo.encoders.audio import SpectrogramTransformer
 from mmzoo.errors import AudioReadError, CheckpointError, InputError, VideoReadError
 from mmzoo.language import MultimodalLM
 from mmzoo.layout import TokenLayout
@@ -25,7 +35,9 @@ from mmzoo.media import Audio, Video, read_video, sample_indices, write_video
 from mmzoo.models.favor import FAVORConfig, FAVORProcessor, Film, load_trained
 from mmzoo.processing import Turn
 from mmzoo.world_sound import make_sound_clip, write_sound_clip
+from mmzoo_training import cli
 from mmzoo_training.data import Rows, Source, load_samples
+from mmzoo_training.favor_sft import FAVORFinetune
 
 QUESTION = "how many sounds are there"
 
@@ -265,14 +277,78 @@ def test_two_frames_are_taken_of_every_second(total: int, fps: float, expected: 
     assert len(sample_indices("favor", num_total=9000, video_fps=30.0, num_frames=120)) == 120
 
 
-def test_a_second_stream_is_the_users() -> None:
-    model = mmzoo.create("favor-tiny", second_audio_size=5)
-    model.processor.waveforms = True
-    batch = inputs(model, FILMS[:1])
-    with pytest.raises(InputError, match="second_audio_encoder"):
-        model(**batch)
-    model.second_audio_encoder = lambda waveforms: waveforms[:, :, None].expand(-1, -1, 5)[:, ::1600]
-    assert model(**batch).logits.isfinite().all()
+class Loudness(torch.nn.Module):
+    """A second encoder: how loud each of `steps` parts of a sound is, in many ways."""
+
+    def __init__(self, size: int = 12, steps: int = 8):
+        super().__init__()
+        self.layer, self.steps = torch.nn.Linear(1, size), steps
+        torch.nn.init.ones_(self.layer.weight)
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        return self.layer(waveforms.unflatten(1, (self.steps, -1)).abs().mean(-1, keepdim=True))
+
+
+@pytest.fixture
+def salmonn() -> MultimodalLM:
+    model = a_model("video-salmonn-tiny")
+    model.set_second_audio_encoder(Loudness())
+    return model
+
+
+def test_a_second_stream_is_the_users(salmonn: MultimodalLM, tiny: MultimodalLM) -> None:
+    batch = inputs(salmonn, FILMS[:1])
+    logits = salmonn(**batch).logits
+    batch["second_waveforms"] = 3 * batch["second_waveforms"]
+    assert not torch.allclose(salmonn(**batch).logits, logits, atol=1e-4)
+    assert not any("second" in name for name in salmonn.state_dict())
+    with pytest.raises(InputError, match="gave \\[1, 8, 5\\] for 1 sounds; this model takes \\[1, steps, 12\\]"):
+        salmonn.set_second_audio_encoder(Loudness(5))
+        salmonn(**batch)
+    with pytest.raises(InputError, match="set_second_audio_encoder"):
+        salmonn.set_second_audio_encoder(None)
+        salmonn(**batch)
+    with pytest.raises(InputError, match="hears one audio stream"):
+        tiny.set_second_audio_encoder(Loudness())
+
+
+def test_films_with_three_streams_in_a_batch_give_what_each_gives_alone(salmonn: MultimodalLM) -> None:
+    together = inputs(salmonn, FILMS, padding_side="right")
+    tokens = salmonn.encode_media(together["layout"], **{name: together[name] for name in salmonn.media_inputs})
+    for i, one in enumerate(FILMS):
+        text = salmonn.processor.prompt(" ".join(["sounds"] * (i % 3 + 1)), "<video>")
+        single = salmonn.processor(text, videos=[one])
+        own = salmonn.encode_media(single["layout"], **{name: single[name] for name in salmonn.media_inputs})[0]
+        torch.testing.assert_close(tokens[i, : len(own)], own, atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_stream_is_filled_up_before_its_projection(salmonn: MultimodalLM) -> None:
+    """So that the steps that are missing carry the projection's bias, as in the authors' code."""
+    first, second = torch.randn(1, 40, 16), torch.randn(1, 8, 12)
+    features = salmonn.connector.audio_features(first, second)
+    projection = salmonn.connector.beats_pre_qformer_proj
+    torch.testing.assert_close(features[0, :8, 16:], projection(second)[0])
+    torch.testing.assert_close(features[0, 8:, 16:], projection.bias.expand(32, -1))
+    torch.testing.assert_close(features[..., :16], salmonn.connector.speech_pre_qformer_proj(first))
+
+
+@pytest.mark.filterwarnings("ignore:At least one mel filter")  # of transformers' extractor without torchaudio
+def test_an_audio_spectrogram_transformer_may_be_the_second_stream(salmonn: MultimodalLM) -> None:
+    """At BEATs' strides it gives 50 steps a second, moment by moment."""
+    config = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    encoder = SpectrogramTransformer({**config, "frequency_stride": 16, "time_stride": 16, "max_length": 400}).eval()
+    assert encoder(torch.zeros(2, 64000)).shape == (2, 8 * 25, 12)
+    late = torch.zeros(1, 64000)
+    late[0, 48000:] = torch.from_numpy(sound(1).waveform)
+    embedded = encoder.model.embeddings.patch_embeddings
+    encoder.model.forward = lambda features: SimpleNamespace(  # patches as they are embedded, after two others
+        last_hidden_state=torch.cat([torch.zeros(1, 2, 12), embedded(features)], 1)
+    )
+    changed = (encoder(late) - encoder(torch.zeros(1, 64000))).abs().amax(-1)[0] > 1e-3
+    assert not changed[: 8 * 18].any()
+    assert changed[8 * 19 :].any()
+    salmonn.set_second_audio_encoder(encoder)
+    assert salmonn(**inputs(salmonn, FILMS[:1])).logits.isfinite().all()
 
 
 def test_settings_that_do_not_fit_are_refused(tiny: MultimodalLM) -> None:
@@ -320,18 +396,119 @@ def released(model: MultimodalLM, *, repeats: bool, suffix: str = ".default") ->
     return state
 
 
-@pytest.mark.parametrize(("repeats", "suffix"), [(False, ".default"), (True, "")])
-def test_what_the_authors_trained_is_read(tmp_path: Path, repeats: bool, suffix: str) -> None:
-    source, model = a_model("favor-tiny"), mmzoo.create("favor-tiny")
+@pytest.mark.parametrize(
+    ("name", "repeats", "suffix"),
+    [("favor-tiny", False, ".default"), ("favor-tiny", True, ""), ("video-salmonn-tiny", True, "")],
+)
+def test_what_the_authors_trained_is_read(tmp_path: Path, name: str, repeats: bool, suffix: str) -> None:
+    source, model = a_model(name), mmzoo.create(name)
+    assert ("beats_pre_qformer_proj.weight" in source.connector.state_dict()) == (name == "video-salmonn-tiny")
     state = released(source, repeats=repeats, suffix=suffix)
     torch.save(state, tmp_path / "pytorch_model.pt")
     projection = model.llama_model.model.layers[0].self_attn.q_proj.weight
     before = projection.detach().clone()
     load_trained(model, tmp_path / "pytorch_model.pt")
-    for name, tensor in source.connector.state_dict().items():
-        assert torch.equal(model.connector.state_dict()[name], tensor)
+    for own, tensor in source.connector.state_dict().items():
+        assert torch.equal(model.connector.state_dict()[own], tensor)
     halves = [x for name, x in state.items() if "lora_" in name]
     torch.testing.assert_close(projection - before, 8 * halves[1] @ halves[0], atol=1e-4, rtol=1e-4)
+
+
+def towers(model: MultimodalLM, folder: Path) -> dict[str, str]:
+    """What the recipes take from the hub, at the model's sizes, as transformers' own classes save it."""
+    config = model.config
+    seeing = InstructBlipForConditionalGeneration(
+        InstructBlipConfig(
+            vision_config=config.vision_config.to_dict(),
+            qformer_config=config.qformer_config.to_dict(),
+            text_config=config.text_config.to_dict(),
+            num_query_tokens=config.num_query_tokens,
+        )
+    )
+    hearing = WhisperForConditionalGeneration(
+        WhisperConfig(**{**config.audio_config.to_dict(), "decoder_layers": 1, "decoder_attention_heads": 2})
+    )
+    seeing.vision_model.load_state_dict(model.vision_encoder.state_dict())
+    seeing.qformer.load_state_dict(model.frame_qformer.state_dict())
+    seeing.query_tokens.data = model.query_tokens.data
+    hearing.model.encoder.load_state_dict(model.speech_encoder.state_dict())
+    made = {"Salesforce": seeing, "openai": hearing, "lmsys": model.llama_model}
+    for name, one in made.items():
+        one.save_pretrained(folder / name)
+    mmzoo.hub.save(model, folder / "data")
+    return {name: str(folder / name) for name in (*made, "data")}
+
+
+@pytest.mark.parametrize("name", ["favor-7b", "video-salmonn-13b"])
+def test_a_recipe_trains_the_tiny_twin(
+    name: str, with_sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From towers as the hub holds them, with LoRA, on two films; the losses and what is trained are finite and few."""
+    monkeypatch.chdir(tmp_path)
+    twin = a_model(f"{name.rpartition('-')[0]}-tiny")
+    there = towers(twin, tmp_path)
+    described = yaml.safe_load(Path(cli.recipe(name)).read_text())
+    options = described["model"]["init_args"]
+    options["name"] = f"{name.rpartition('-')[0]}-tiny"
+    for part in options["parts"].values():
+        part["weights"] = there[part["weights"].removeprefix("hf-hub:").partition("/")[0]]
+    options["processor"] = there["data"]
+    if "salmonn" in name:
+        options["second_audio_encoder"] = {"class_path": f"{__name__}.Loudness"}
+    turns = [{"from": "human", "value": "<video>\nfirst"}, {"from": "gpt", "value": "two"}]
+    lines = [{"id": i, "video": with_sound.name, "conversations": turns} for i in "01"]
+    (with_sound.parent / "all.json").write_text(json.dumps(lines))
+    described["trainer"] |= {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true"}
+    described["trainer"] |= {"max_epochs": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 0, "callbacks": []}
+    described["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "run"},
+    }
+    described["data"]["init_args"]["sources"] = [{"path": str(with_sound.parent / "all.json")}]
+    Path("mine.yaml").write_text(yaml.safe_dump(described))
+    run_cli(monkeypatch, "fit", "--config=mine.yaml", "--export=trained")
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    head, *rows = (line.split(",") for line in metrics.read_text().splitlines())
+    told = dict(zip(head, rows[-1], strict=True))
+    assert np.isfinite(float(told["loss"])) and -1 < float(told["similarity"]) < 1
+    trained = mmzoo.load("trained").state_dict()
+    changed = {own.split(".")[0] for own, x in twin.state_dict().items() if not torch.equal(trained[own], x)}
+    layers = [
+        own for own, x in twin.llama_model.state_dict().items() if not torch.equal(trained[f"llama_model.{own}"], x)
+    ]
+    assert all("self_attn" in own for own in layers) and len(layers) == 8
+    assert not any("second" in own for own in trained)
+    assert changed == {"connector", "llama_model"}
+
+
+def test_the_large_recipe_is_the_small_one_at_another_size() -> None:
+    small, large = (yaml.safe_load(Path(cli.recipe(f"favor-{size}")).read_text()) for size in ("7b", "13b"))
+    assert json.loads(json.dumps(large).replace("13b", "7b")) == small
+
+
+def test_the_diversity_loss_is_that_of_the_windows_there_are() -> None:
+    """Without those that pad shorter items, and of the coarse windows alone."""
+    module = FAVORFinetune("favor-tiny", weights=None)
+    for parameter in module.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    module.log = lambda *_, **__: None
+    module.trainer = SimpleNamespace(log_every_n_steps=2, global_step=0)
+    texts = [f"{module.model.processor.prompt('red', '<video>')}two" for _ in FILMS]
+    batch = module.model.processor(texts, videos=[[one] for one in FILMS], padding_side="right", labels=True)
+    plain = module.training_step({**batch}, 0)
+    windows = []
+    for text, one in zip(texts, FILMS, strict=True):
+        alone = module.model.processor(text, videos=[one])
+        module.states.clear()
+        module.model(**alone)
+        (states,) = module.states
+        windows += states[0, :, :, 16:]
+    similar = [torch.cosine_similarity(w[:, None], w[None], dim=-1) for w in windows]
+    mean = torch.stack([(one.sum() - 6) / 30 for one in similar]).mean()
+    module.diversity = 0.5
+    torch.testing.assert_close(module.training_step({**batch}, 0) - plain, 0.5 * mean, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="Give second_audio_encoder"):
+        FAVORFinetune("video-salmonn-tiny", weights=None)
 
 
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
