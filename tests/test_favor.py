@@ -35,6 +35,10 @@ from mmzoo.media import Audio, Video, read_video, sample_indices, write_video
 from mmzoo.models.favor import FAVORConfig, FAVORProcessor, Film, load_trained
 from mmzoo.processing import Turn
 from mmzoo.world_sound import make_sound_clip, write_sound_clip
+from mmzoo_eval.asking import Media
+from mmzoo_eval.benchmark import Benchmark, Frames, Item, judged
+from mmzoo_eval.benchmarks import benchmark, world_sound
+from mmzoo_eval.runner import _read
 from mmzoo_training import cli
 from mmzoo_training.data import Rows, Source, load_samples
 from mmzoo_training.favor_sft import FAVORFinetune
@@ -349,6 +353,65 @@ def test_an_audio_spectrogram_transformer_may_be_the_second_stream(salmonn: Mult
     assert changed[8 * 19 :].any()
     salmonn.set_second_audio_encoder(encoder)
     assert salmonn(**inputs(salmonn, FILMS[:1])).logits.isfinite().all()
+
+
+def asked_of(name: str, path: Path, **details: Any) -> tuple[Benchmark, Item]:
+    item = Item("q", QUESTION, 0, ("one", "two"), path.name, details=details)
+    return Benchmark(name, name, lambda _: [item], {}), item
+
+
+def test_a_benchmark_of_films_is_heard_where_the_frames_are_the_models_own(
+    tiny: MultimodalLM, with_sound: Path, tmp_path: Path
+) -> None:
+    toy, item = asked_of("toy", with_sound)
+    heard = Media(toy, tmp_path, Frames()).read(item, tiny.processor)
+    assert heard.audio.duration == pytest.approx(4, abs=0.1)
+    assert len(heard.frames) == 8
+    eight = Media(toy, tmp_path, Frames("linspace", 8))
+    assert not hasattr(eight.read(item, tiny.processor), "audio")
+    deaf = mmzoo.create("aki-tiny").processor
+    assert not hasattr(Media(toy, tmp_path, Frames()).read(item, deaf), "audio")
+    cut = Media(toy, tmp_path, Frames()).read(asked_of("toy", with_sound, cut_frame=5)[1], tiny.processor)
+    assert cut.audio.duration == pytest.approx(2.5, abs=0.01)
+    write_sound_clip(make_sound_clip(3), tmp_path / "silent.mp4", silent=True)
+    silent = Media(toy, tmp_path, Frames()).read(asked_of("toy", tmp_path / "silent.mp4")[1], tiny.processor)
+    assert silent.audio is None
+
+
+def test_a_damaged_sound_costs_a_benchmark_one_item(tiny: MultimodalLM, with_sound: Path, tmp_path: Path) -> None:
+    import av
+
+    data = bytearray(with_sound.read_bytes())
+    with av.open(str(with_sound)) as file:
+        packets = [packet for packet in file.demux(audio=0) if packet.pos and packet.size > 16]
+    at = packets[len(packets) // 2].pos
+    data[at : at + 12] = b"\x5a" * 12
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    toy, item = asked_of("toy", tmp_path / "damaged.mp4")
+    media = Media(toy, tmp_path, Frames())
+    assert isinstance(_read(SimpleNamespace(media=media, model=tiny, benchmark=toy), item), AudioReadError)
+
+
+def test_the_world_with_sound_is_a_benchmark(tiny: MultimodalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world_sound, "CLIPS", 6)
+    found = benchmark("world_sound")
+    items = found.read(Path())[:20]
+    media = Media(found, Path(), found.protocol().frames)
+    clips = {seed: make_sound_clip(seed, split="test") for seed in {item.details["seed"] for item in items}}
+    for item in items:
+        clip_of, seen = clips[item.details["seed"]], media.read(item, tiny.processor)
+        assert np.array_equal(seen.audio.waveform, clip_of.waveform)
+        assert len(seen.frames) == 8
+        question = clip_of.questions[int(item.id.rpartition("-")[2])]
+        assert (item.question, item.options[item.answer]) == (question.text, question.answer)
+        assert not hasattr(media.read(item, mmzoo.create("aki-tiny").processor), "audio")
+    other = dataclasses.replace(found, sound=lambda _: np.zeros(8, np.float32))
+    assert media.sha256(items[0]) != Media(other, Path(), media.frames).sha256(items[0])
+    right = [judged(item, item.options[item.answer], found.protocol()) for item in items]
+    wrong = [judged(item, "", found.protocol()) for item in items if item.details["needs"] == "both"]
+    told = found.protocol().aggregate([one for one in right if one.item.details["needs"] != "both"] + wrong)
+    assert (told["needs sight"], told["needs sound"], told["needs both"]) == (100, 100, 0)
+    assert told["sounds"] == 100
 
 
 def test_settings_that_do_not_fit_are_refused(tiny: MultimodalLM) -> None:

@@ -427,7 +427,7 @@ class FAVORProcessor(MultimodalProcessor):
     """
 
     sampling = "favor"
-    multi_turn = True
+    multi_turn, hears = True, True
     before_answer = " "
 
     def __init__(
@@ -523,30 +523,42 @@ class FAVORProcessor(MultimodalProcessor):
             return read_video(source, num_frames=self.num_frames, **options)
         if not os.path.isfile(source):
             return super().read_video(source, **options)  # which says what is wrong
-        held = streams(source)
-        audio = self.read_audio(source) if "audio" in held else None
-        if held == {"audio"}:
-            nothing = np.zeros((0, 1, 1, 3), np.uint8)
+        if streams(source) == {"audio"}:
+            audio, nothing = self.read_audio(source), np.zeros((0, 1, 1, 3), np.uint8)
             return Film(nothing, np.zeros(0), [], None, 0, self.sampling, "pyav", str(source), audio=audio)
-        film = super().read_video(source, **options)
-        fields = {field.name: getattr(film, field.name) for field in dataclasses.fields(film)}
-        return Film(**fields, audio=audio)
+        return self.with_sound(super().read_video(source, **options), source)
 
-    def read_audio(self, source: Any) -> Audio:
-        """The sound of a source, as far as the audio encoder hears it.
+    def with_sound(self, seen: Video, source: str | os.PathLike[str] | np.ndarray, stop: float | None = None) -> Video:
+        """Frames of half a second each with the sound of a file, if it has any, or of float32 [S] at 16 kHz.
+
+        Args:
+            seen: the frames.
+            source: of the sound.
+            stop: seconds after which nothing is heard.
+
+        Raises:
+            AudioReadError, InputError: as `read_audio`.
+        """
+        heard = isinstance(source, np.ndarray) or "audio" in streams(source)
+        fields = {field.name: getattr(seen, field.name) for field in dataclasses.fields(Video)}
+        return Film(**fields, audio=self.read_audio(source, stop) if heard else None)
+
+    def read_audio(self, source: Any, stop: float | None = None) -> Audio:
+        """The sound of a source, up to a second or as far as the audio encoder hears it.
 
         Raises:
             AudioReadError: it cannot be read.
             InputError: it is longer than that, and long_audio is "error".
         """
         rate, limit = self.feature_extractor.sampling_rate, self.feature_extractor.n_samples
-        audio = read_audio(source, sample_rate=rate, stop=limit / rate + 1)
+        most = limit / rate + 1
+        audio = read_audio(source, sample_rate=rate, stop=most if stop is None else min(stop, most))
         # The packets of a codec seldom end with the film.
         if len(audio.waveform) > limit + 0.25 * rate:
             said = f"the sound lasts longer than the {limit / rate:g} s that the model hears"
             if self.long_audio == "error":
-                raise InputError(f"{source}: {said}. Give a part of it, or set processor.long_audio = 'cut'.")
-            logger.warning("%s: %s; the rest was left out", source, said)
+                raise InputError(f"{audio.source}: {said}. Give a part of it, or set processor.long_audio = 'cut'.")
+            logger.warning("%s: %s; the rest was left out", audio.source, said)
         return dataclasses.replace(audio, waveform=audio.waveform[:limit])
 
     def sample(
