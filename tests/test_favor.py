@@ -587,6 +587,10 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert caught.value.missing == ["ln_video.bias"]
     assert caught.value.unexpected == [lonely[: lonely.index(".lora_")], "unheard_of"]
     assert caught.value.misshapen == [("llama_proj.bias", (3,), (32,))]
+    assert "LAVIS" not in str(caught.value)
+    torch.save({"visual_encoder.cls_token": torch.zeros(1)}, tmp_path / "eva_vit_g.pth")
+    with pytest.raises(CheckpointError, match="not read from files of LAVIS.*Salesforce/instructblip-vicuna-13b"):
+        load_trained(model, tmp_path / "eva_vit_g.pth")
     (tmp_path / "b.pt").write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="damaged"):
         load_trained(model, tmp_path / "b.pt")

@@ -871,6 +871,14 @@ _LORA = re.compile(r"llama_model\.base_model\.model\.(?P<layer>.+)\.lora_(?P<hal
 _LORA_ALPHA = 32
 
 
+_TOWERS = (
+    "The frozen towers are not read from files of LAVIS, such as instruct_blip_vicuna13b_trimmed.pth and "
+    "eva_vit_g.pth: take them from Salesforce/instructblip-vicuna-13b (vision_model, qformer, query_tokens) and "
+    "openai/whisper-large-v2 (model.encoder), which hold them under the names of transformers, as the recipe "
+    "favor-13b does."
+)
+
+
 def load_trained(model: FAVOR, path: str | os.PathLike[str]) -> None:
     """Puts what the authors trained into a model: its causal Q-Former, and LoRA merged into its language model.
 
@@ -904,6 +912,8 @@ def load_trained(model: FAVOR, path: str | os.PathLike[str]) -> None:
     missing, unexpected = wanted.keys() - trained.keys(), [*(trained.keys() - wanted.keys()), *strange]
     if missing or unexpected or misshapen:
         what = f"{path} does not fit the causal Q-Former and language model of this FAVOR."
+        if not trained.keys() & wanted.keys():
+            what += f" Nothing in it is of either. {_TOWERS}"
         raise CheckpointError(what, missing=missing, unexpected=unexpected, misshapen=misshapen)
     model.connector.load_state_dict(trained)
     for (layer, _), halves in pairs.items():
