@@ -38,7 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "unmasked": {"block": "bidirectional"},
     "past": {"block": "past"},
     "future": {"block": "future"},
-    "past, late fusion": {"block": "past", "late": True},
+    "past, late fusion": {"block": "past", "late": QUERIES},
+    "past, late fusion, as many tokens": {"block": "past", "late": QUERIES // 2},
 }
 
 
@@ -48,10 +49,11 @@ class FilmReader(nn.Module):
     Args:
         block: what frames see of each other before the queries read them: "past" or "future", "bidirectional", or
             nothing (None), without the parameters for it.
-        late: the two streams are read one after the other, with the same weights, and meet after the connector.
+        late: the two streams are read one after the other, with the same weights and so many queries each, and meet
+            after the connector; 0 for streams that are read together.
     """
 
-    def __init__(self, block: str | None, late: bool = False):
+    def __init__(self, block: str | None, late: int = 0):
         super().__init__()
         self.late = late
         self.patch = nn.Linear(looks().shape[1], HIDDEN)
@@ -73,7 +75,9 @@ class FilmReader(nn.Module):
             self.connector.rule = masks.bidirectional()
         for layer in self.connector.video_Qformer.layers if block is None else ():
             layer.encoder_causal_attention = None
-        self.inner = nn.Linear(QUERIES * WIDTH * (1 + late), INNER)
+        if late:
+            self.connector.video_query_tokens = nn.Parameter(self.connector.video_query_tokens[:, :late].detach())
+        self.inner = nn.Linear((2 * late or QUERIES) * WIDTH, INNER)
         self.answer = nn.Linear(INNER, len(ASKED) * len(WORDS))
 
     @torch.no_grad()
@@ -167,7 +171,9 @@ CLAIM = Claim(
         "unmasked": "frames attend to all frames first: the same block without its mask",
         "past": "frames attend to themselves and earlier ones first: the paper's",
         "future": "to themselves and later ones: what the released weights need",
-        "past, late fusion": "the two streams are read one after the other, and give twice as many tokens",
+        "past, late fusion": "as `past`, but the streams are read one after the other, by all queries each: twice as "
+        "many tokens",
+        "past, late fusion, as many tokens": "the same with half of the queries",
     },
     comparisons=(
         ("past", "no frame block"),
@@ -176,6 +182,7 @@ CLAIM = Claim(
         ("past", "unmasked"),
         ("past", "future"),
         ("past", "past, late fusion"),
+        ("past", "past, late fusion, as many tokens"),
     ),
     metric="accuracy",
     steps=1500,
