@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import wave
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,7 @@ from mmzoo_eval.runner import _read
 from mmzoo_training import cli
 from mmzoo_training.data import Rows, Source, load_samples
 from mmzoo_training.favor_sft import FAVORFinetune
+from mmzoo_training.finetune import prompts
 
 QUESTION = "how many sounds are there"
 
@@ -239,31 +241,40 @@ def test_a_dialogue_is_the_authors_and_only_its_answers_are_trained(tiny: Multim
 
 
 def test_records_of_films_are_trained_on(with_sound: Path, tmp_path: Path) -> None:
-    """Films of unlike length, with and without sound, packed, two turns each: the loss is the mean of theirs alone."""
+    """With sound, without, and sound alone, packed, two turns each: the loss is the mean of theirs alone."""
     model, folder = a_model("favor-tiny"), with_sound.parent
     write_video(clip(0, 4)[:, :32, :32], folder / "silent.mp4", fps=2)
+    with wave.open(str(folder / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes((sound(2).waveform * 32767).astype("<i2").tobytes())
     said = [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * 2, ["red", "two", "first", "one"])]
     records = [
         {"id": name, "video": name, "conversations": [{**said[0], "value": f"<video>\nred {name}"}, *said[1:]]}
-        for name in ("clip.mp4", "silent.mp4")
+        for name in ("clip.mp4", "silent.mp4", "a.wav")
     ]
     (folder / "all.json").write_text(json.dumps(records))
     source = Source(str(folder / "all.json"))
     samples, problems = load_samples(source, model.processor, "chat", 200, None)
     assert not problems
     rows = Rows(samples, model.processor)
-    (batch, found), alone = rows.collate([rows[[0, 1]]]), [rows.collate([rows[[i]]])[0] for i in (0, 1)]
+    (batch, found), alone = rows.collate([rows[[0, 1, 2]]]), [rows.collate([rows[[i]]])[0] for i in range(3)]
     assert not found
-    assert batch["num_frames"].tolist() == [[8, 4]]
-    assert batch["audio_frames"].tolist() == [[8, 0]]
+    assert (batch["num_frames"].tolist(), batch["audio_frames"].tolist()) == ([[8, 4, 0]], [[8, 0, 4]])
     words = model.processor.tokenizer.convert_ids_to_tokens(batch["labels"][batch["labels"] >= 0])
-    assert words == ["two", "<|endoftext|>", "one", "<|endoftext|>"] * 2
+    assert words == ["two", "<|endoftext|>", "one", "<|endoftext|>"] * 3
+
+    def taken(one: dict[str, Any]) -> dict[str, Tensor]:
+        return {name: x for name, x in one.items() if name not in ("source", "attention_mask", "labels")}
 
     def loss(one: dict[str, Any]) -> Tensor:
-        taken = {name: x for name, x in one.items() if name not in ("source", "attention_mask")}
-        return model(**taken).loss
+        return model(**taken(one), labels=one["labels"]).loss
 
-    torch.testing.assert_close(loss(batch), sum(map(loss, alone)) / 2, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss(batch), sum(map(loss, alone)) / 3, atol=1e-5, rtol=1e-5)
+    asked = [prompt for prompt, _ in prompts(taken(batch), batch["labels"])]
+    for prompt, one in zip(asked, alone, strict=True):
+        ((own, _),) = prompts(taken(one), one["labels"])
+        for name in ("input_ids", "pixel_values", "num_frames", "input_features", "audio_frames"):
+            assert torch.equal(prompt[name], own[name])
 
 
 @pytest.mark.parametrize(
