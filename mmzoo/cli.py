@@ -333,7 +333,9 @@ def check(
 
 @app.command()
 def reproduce(
-    claim: Annotated[str, typer.Argument(help="ccam, frame-block, cca, mma, causal-video, or all")] = "all",
+    claim: Annotated[
+        str, typer.Argument(help="ccam, causal-qformer, frame-block, cca, mma, causal-video, or all")
+    ] = "all",
     seeds: Annotated[int, typer.Option(help="runs of each variant")] = 3,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="folder for results and curves; an interrupted command goes on there")

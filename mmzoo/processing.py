@@ -57,6 +57,8 @@ class MultimodalProcessor(ProcessorMixin):
     """The rule by which frames are taken from a clip: a name in `mmzoo.media.SAMPLING_RULES`."""
     multi_turn: ClassVar[bool] = False
     """Whether `dialogue` takes more than one turn."""
+    hears: ClassVar[bool] = False
+    """Whether `read_video` reads the sound of a file, too; then there is `with_sound`."""
     before_answer: ClassVar[str] = ""
     """What stands between `prompt` and the answer."""
 

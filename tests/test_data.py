@@ -47,7 +47,7 @@ from mmzoo_training.data import (
 )
 from mmzoo_training.records import Message, Problem, Record, load_records, open_image, unreadable
 
-FAMILIES = ["aki-tiny", "cca-llava-tiny", "tc-llava-tiny", "video-ccam-tiny", "visualchat-tiny"]
+FAMILIES = ["aki-tiny", "cca-llava-tiny", "tc-llava-tiny", "video-ccam-tiny", "visualchat-tiny", "favor-tiny"]
 COLOURS = ["red", "green", "blue", "yellow", "purple", "white"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -631,26 +632,28 @@ def test_an_unknown_key_of_a_file_is_an_error(tmp_path: Path, monkeypatch: pytes
         run_cli(monkeypatch, "fit", "--config", str(tmp_path / "mine.yaml"))
 
 
-PAPERS = [path for path in cli.RECIPES.iterdir() if "mmzoo_training.finetune" in path.read_text()]
+PAPERS = [path for path in cli.RECIPES.iterdir() if "mmzoo_training.data.RecordData" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
 def test_a_papers_recipe_names_what_there_is(path: Path) -> None:
     """Expressions match parameters of the model at its real size, which has no memory on the meta device."""
-    options = yaml.safe_load(path.read_text())["model"]["init_args"]
+    described = yaml.safe_load(path.read_text())["model"]
+    options = described["init_args"]
     config = {key: value for key, value in options.get("config", {}).items() if key != "text_config"}
     model = mmzoo.create(options["name"], device="meta", **config)
     names = [name for name, _ in model.named_parameters()]
     modules = dict(model.named_modules())
     for option in ("train", "fresh", "no_decay"):
         finetune.check_patterns(options.get(option, []), names, option)
-    assert options.get("parts", {}).keys() <= modules.keys()
+    assert options.get("parts", {}).keys() <= {*modules, *names}
     lora = options.get("lora", {})
     assert {one for one in lora.get("modules_to_save", [])} <= modules.keys()
     if isinstance(target := lora.get("target_modules"), str):
         assert any(re.fullmatch(target, name) for name in modules)
-    module_options = Finetune.__init__.__annotations__
-    assert options.keys() <= module_options.keys()
+    module, _, kind = described["class_path"].rpartition(".")
+    own = getattr(importlib.import_module(module), kind).__init__.__annotations__
+    assert options.keys() <= {*own, *Finetune.__init__.__annotations__}
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
@@ -660,7 +663,7 @@ def test_a_papers_recipe_is_read_by_the_command_line(path: Path, monkeypatch: py
     monkeypatch.setattr(cli.RecipeCLI, "instantiate_classes", lambda self: seen.append(self.config))
     monkeypatch.setattr(cli.RecipeCLI, "_run_subcommand", lambda self, subcommand: None)
     run_cli(monkeypatch, "fit", "--config", str(path), "--data.init_args.sources=[{path: mine.json, format: llava}]")
-    assert seen[0].fit.model.class_path == "mmzoo_training.finetune.Finetune"
+    assert seen[0].fit.model.class_path == yaml.safe_load(path.read_text())["model"]["class_path"]
 
 
 class Clips(lightning.LightningDataModule):

@@ -86,7 +86,7 @@ def unused_parts(model: MultimodalLM) -> tuple[str, ...]:
             if model.frame_qformer
             else "x"
         )
-        hearing = ("speech_encoder.", "connector.speech_pre_qformer_proj.")
+        hearing = ("speech_encoder.", "connector.speech_pre_qformer_proj.", "connector.beats_pre_qformer_proj.")
         return (f"{last}intermediate.", f"{last}output.", *hearing)
     head, layer = "vision_encoder.head.", getattr(model.config, "vision_layer", None)
     if layer is None:

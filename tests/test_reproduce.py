@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_cli import failure, run
 
+from mmzoo.attention import allowed
 from mmzoo.errors import InputError
-from mmzoo.layout import image, lay_out, text
+from mmzoo.layout import image, lay_out, text, video
 from mmzoo.world import COLOURS, SHAPES
-from mmzoo_training import claim_ccam, claim_cells, claim_video, reproduce
+from mmzoo_training import claim_ccam, claim_cells, claim_qformer, claim_video, reproduce
 from mmzoo_training.claims import Batch, Claim, accuracy
 
 WAYS = claim_cells.WAYS
@@ -36,6 +38,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Claim]]:
     monkeypatch.setattr(claim_cells, "TEST_ROWS", 40)
     monkeypatch.setattr(claim_cells, "PROBE_ROWS", 8)
     monkeypatch.setattr(claim_cells, "BATCH", 8)
+    for name, value in (("TEST_FILMS", 4), ("PROBE_FILMS", 2), ("BATCH", 2)):
+        monkeypatch.setattr(claim_qformer, name, value)
     for name, value in (("TEST_CLIPS", 2), ("PROBE_CLIPS", 1), ("BATCH", 2), ("FRAMES", 29)):
         monkeypatch.setattr(claim_video, name, value)
     claim_video.test_clips.cache_clear()
@@ -91,6 +95,29 @@ def test_colours_are_there_or_not(side: int, seed: int) -> None:
     assert [batch.kinds.count(kind) for kind in ("shape", "presence, yes", "presence, no")] == [4, 2, 2]
     only = claim_cells.ask_colours(8, side, 4, claim_cells.stream(seed), shapes=False)
     assert [only.kinds.count(kind) for kind in ("shape", "presence, yes", "presence, no")] == [0, 4, 4]
+
+
+@given(seed=st.integers(0, 99))
+def test_films_ask_what_is_seen_about_a_tone(seed: int) -> None:
+    with patch.object(claim_qformer, "NOISE", 0.0):
+        batch = claim_qformer.films(4, claim_cells.stream(seed))
+    cells, bands = batch.pixels.split((2 * claim_cells.looks().shape[1], 12), -1)
+    seen = torch.cdist(cells.unflatten(-1, (2, -1)), claim_cells.looks()).argmin(-1).amin(-1)
+    loud = bands.unflatten(-1, (2, 3, 2)).mean((2, 4)) > 0.5
+    answers = batch.answer.view(4, -1).tolist()
+    for looks, tones, said in zip(seen, loud, answers, strict=True):
+        colours = ["none", *(claim_cells.LOOKS[look][0] for look in looks), "none"]
+        assert len(set(colours)) == 7
+        assert tones.sum(0).tolist() == [1, 1, 1]
+        when = dict(zip(claim_qformer.TONES, tones.int().argmax(0).tolist(), strict=True))
+        for (kind, subject), answer in zip(claim_qformer.ASKED, said, strict=True):
+            shift = {"before": 0, "with": 1, "after": 2}.get(kind)
+            number = claim_qformer.TIMES.index(subject) if kind == "sight" else when[subject]
+            right = (
+                claim_qformer.TIMES[number] if kind == "sound" else colours[number + (1 if shift is None else shift)]
+            )
+            assert claim_qformer.WORDS[answer] == right
+    assert list(batch.kinds) == [kind for kind, _ in claim_qformer.ASKED] * 4
 
 
 def test_clips_ask_for_the_first_and_the_last() -> None:
@@ -223,6 +250,35 @@ def test_variants_differ_in_one_thing_only() -> None:
     for options in (claim_cells.MMA_OPTIONS, claim_cells.CCA_OPTIONS, claim_cells.FRAME_OPTIONS):
         first, *others = (weights(partial(claim_cells.CellReader, **one)) for one in options.values())
         assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_what_frames_see_in_each_variant_of_the_causal_qformer() -> None:
+    """The same weights, but for what a variant does without; and late streams meet after the connector."""
+    layout = lay_out(video(3, 1, grid=False))
+    every, earlier = torch.ones(3, 3, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool).tril()
+    rules = {"unmasked": every, "past": earlier, "future": earlier.T, "past, late fusion": earlier}
+    rules["past, late fusion, as many tokens"] = earlier
+    batch, weights = claim_qformer.films(3, claim_cells.stream(0)), {}
+    louder = batch.pixels.clone()
+    louder[..., -12:] += 1
+    for name, options in claim_qformer.OPTIONS.items():
+        torch.manual_seed(3)
+        model = claim_qformer.FilmReader(**options)
+        weights[name] = {k: x for k, x in model.state_dict().items() if not k.startswith(("inner", "answer"))}
+        if name in rules:
+            assert torch.equal(allowed(model.connector.rule, layout)[0], rules[name])
+        made: list[torch.Tensor] = []
+        model.connector.register_forward_hook(lambda module, given, tokens, kept=made: kept.append(tokens))
+        assert not torch.allclose(model(batch.pixels, batch.question), model(louder, batch.question))
+        same = [torch.equal(one, other) for one, other in zip(made[: len(made) // 2], made[len(made) // 2 :])]
+        assert same == ([True, False] if "late" in name else [False])
+        assert sum(one[0].shape[1] for one in made) == (16 if name == "past, late fusion" else 8)
+    plain = weights.pop("no frame block")
+    for one in weights.values():
+        assert {"encoder_causal_attention"} == {name.split(".")[6] for name in one.keys() - plain.keys()}
+        assert all(
+            torch.equal(one[name], x[:, : one[name].shape[1]] if x.dim() == 3 else x) for name, x in plain.items()
+        )
 
 
 def test_positions_of_the_concentric_variants() -> None:

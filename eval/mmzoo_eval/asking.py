@@ -40,8 +40,11 @@ class Media:
     def read(self, item: Item, processor: Any) -> Any:
         """The picture or `Video` of an item, or None if it shows nothing.
 
+        A model that hears is given the sound of files, too, if the choice of frames is left to it: its frames stand for
+        half a second each, and those of other rules are not in step with the sound.
+
         Raises:
-            VideoReadError: the video cannot be read.
+            VideoReadError, AudioReadError: the video, or its sound, cannot be read.
             InputError: the picture cannot be read.
         """
         if not item.media:
@@ -54,8 +57,13 @@ class Media:
         options["bound"] = item.bound if frames.sampling == "mvbench" else None
         options["stop"] = item.details.get("cut_frame")
         if self.benchmark.make:
-            return read_video(self.benchmark.make(item), **options)
-        return read_video(self._path(item), deadline=self.deadline, **options)
+            made, sound = read_video(self.benchmark.make(item), **options), self.benchmark.sound
+            return processor.with_sound(made, sound(item)) if processor.hears and sound else made
+        seen = read_video(self._path(item), deadline=self.deadline, **options)
+        if not processor.hears or self.frames.sampling is not None or self._path(item).is_dir():
+            return seen
+        stop = options["stop"] / seen.fps if options["stop"] and seen.fps else None
+        return processor.with_sound(seen, self._path(item), stop)
 
     def _path(self, item: Item) -> Path:
         """Where an item's file is; some benchmarks keep a few of theirs elsewhere than they say."""
@@ -72,7 +80,8 @@ class Media:
         if not item.media:
             return ""
         if self.benchmark.make:
-            return hashlib.sha256(self.benchmark.make(item).tobytes()).hexdigest()
+            sound = self.benchmark.sound(item).tobytes() if self.benchmark.sound else b""
+            return hashlib.sha256(self.benchmark.make(item).tobytes() + sound).hexdigest()
         path = self._path(item)
         if not path.is_dir():
             return _file_sha256(path)

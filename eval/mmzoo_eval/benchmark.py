@@ -154,6 +154,7 @@ class Benchmark:
         dataset_id: name of the benchmark's data set on the Hub, where it has one.
         judged_by: (judge, its name) -> the protocols in which it reads the answers, where there are any.
         make: item -> uint8 frames [T, H, W, 3], for a benchmark whose videos are no files.
+        sound: item -> float32 samples [S] at 16 kHz, of what is made.
     """
 
     name: str
@@ -165,6 +166,7 @@ class Benchmark:
     dataset_id: str | None = None
     judged_by: Callable[[Judge, str], Mapping[str, Protocol]] | None = None
     make: Callable[[Item], np.ndarray] | None = None
+    sound: Callable[[Item], np.ndarray] | None = None
 
     def protocol(self, name: str | None = None) -> Protocol:
         """The protocol of that name, or the default. Raises InputError, with the names there are."""

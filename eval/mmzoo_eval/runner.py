@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mmzoo.errors import EvaluationError, InputError, MmzooError, VideoReadError
+from mmzoo.errors import AudioReadError, EvaluationError, InputError, MmzooError, VideoReadError
 from mmzoo.files import replacing
 from mmzoo.integrity import weights_sha256
 from mmzoo.language import MultimodalLM
@@ -208,7 +208,7 @@ def _reading_ahead(plan: Run, batches: Iterable[range]) -> Iterator[tuple[range,
 def _read(plan: Run, item: Item) -> Any:
     try:
         return plan.media.read(item, plan.model.processor)
-    except VideoReadError as error:
+    except (AudioReadError, VideoReadError) as error:
         return error
     except InputError as error:
         if plan.benchmark.media == "image":

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import WhisperConfig, WhisperFeatureExtractor
+from torch import Tensor, nn
+from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mmzoo.errors import InputError
@@ -22,7 +22,33 @@ class SecondAudioEncoder(Protocol):
     """A second audio stream, such as BEATs in video-SALMONN, which no package of ours brings."""
 
     def __call__(self, waveforms: Tensor) -> Tensor:
-        """float [N, T, D] at 50 steps a second, of float32 [N, S] at 16 kHz."""
+        """float [N, T, D] at 50 steps a second, of float32 [N, S] at 16 kHz; fewer steps are filled up with 0."""
+
+
+class SpectrogramTransformer(nn.Module):
+    """transformers' Audio Spectrogram Transformer as a second stream, at any size, with random weights.
+
+    Its patches stand moment by moment, those of all frequencies of a moment together. With 128 mel bins and strides of
+    16, that is 50 steps a second. It is no BEATs, and reads none of its weights.
+
+    Args:
+        config: max_length, in steps of 10 ms, is what it hears: a longer sound is cut, a shorter one filled up.
+    """
+
+    def __init__(self, config: ASTConfig | dict[str, Any]):
+        super().__init__()
+        config = config if isinstance(config, ASTConfig) else ASTConfig(**config)
+        self.model = ASTModel(config)
+        self.extractor = ASTFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        """float [N, T, D] of float32 [N, S] at 16 kHz."""
+        sounds, config = list(waveforms.float().cpu().numpy()), self.model.config
+        features = self.extractor(sounds, sampling_rate=self.extractor.sampling_rate, return_tensors="pt")
+        states = self.model(features["input_values"].to(self.model.device, self.model.dtype)).last_hidden_state
+        frequencies = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        patches = states[:, 2:]  # after the two that stand for the whole
+        return patches.unflatten(1, (frequencies, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def build_audio_encoder(config: WhisperConfig | dict[str, Any]) -> tuple[WhisperEncoder, int]:

@@ -69,4 +69,5 @@ register(Entry("favor-7b", **_FAVOR, summary="InstructBLIP's ViT-g and Q-Former,
 register(Entry("favor-13b", **_FAVOR, summary="InstructBLIP's ViT-g and Q-Former, Whisper-large-v2, causal Q-Former, Vicuna-13B"))  # fmt: skip  # noqa: E501
 register(Entry("video-salmonn-13b", **_SALMONN, summary="as FAVOR, with a second audio stream and a multi-resolution causal Q-Former"))  # fmt: skip  # noqa: E501
 register(Entry("favor-tiny", **_FAVOR, summary="FAVOR's classes at test size, random weights"))
+register(Entry("video-salmonn-tiny", **_SALMONN, summary="video-SALMONN's classes at test size, random weights"))
 register(Entry("favor-nano", **_FAVOR, summary="FAVOR's classes at 0.4 M parameters, trained in the synthetic world with sound", weights="package:favor-nano", license="apache-2.0", sha256={"model.safetensors": "2780e658644e5030472449f24703f225316f572677cf5953cf32a92dc25b7cbc"}))  # fmt: skip  # noqa: E501

@@ -46,7 +46,7 @@ from mmzoo.language import MultimodalConfig, MultimodalLM, media_starts
 from mmzoo.layout import Modality, Span, TokenLayout, batch, video
 from mmzoo.media import Audio, Video, read_audio, read_image, read_video, streams
 from mmzoo.models.visualchat import clip_image_processor
-from mmzoo.processing import IMAGE, VIDEO, MultimodalProcessor, answer_labels, word_tokenizer
+from mmzoo.processing import IMAGE, VIDEO, MultimodalProcessor, Turn, answer_labels, word_tokenizer
 from mmzoo.world_sound import SOUND_VOCABULARY
 
 logger = logging.getLogger(__name__)
@@ -119,8 +119,6 @@ class FAVOR(MultimodalLM):
     media_inputs = (
         "pixel_values", "num_frames", "input_features", "audio_frames", "question_ids", "second_waveforms"
     )  # fmt: skip
-    second_audio_encoder: SecondAudioEncoder | None = None
-    """What hears second_waveforms; it is no part of the checkpoint."""
 
     def __init__(self, config: FAVORConfig):
         super().__init__(config)
@@ -140,6 +138,7 @@ class FAVOR(MultimodalLM):
         self.llama_model = AutoModelForCausalLM.from_config(config.text_config)
         taken = {"question_ids": config.instruction, "second_waveforms": bool(second)}
         self.media_inputs = tuple(name for name in self.media_inputs if taken.get(name, True))
+        self._second_audio_encoder: tuple[SecondAudioEncoder | None] = (None,)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -148,6 +147,21 @@ class FAVOR(MultimodalLM):
     @property
     def language_model(self) -> PreTrainedModel:
         return self.llama_model
+
+    @property
+    def second_audio_encoder(self) -> SecondAudioEncoder | None:
+        """What hears second_waveforms, such as BEATs."""
+        return self._second_audio_encoder[0]
+
+    def set_second_audio_encoder(self, encoder: SecondAudioEncoder | None) -> None:
+        """Plug in what hears second_waveforms. It is frozen and no part of the model: neither saved nor moved with it.
+
+        Raises:
+            InputError: the model has no second stream.
+        """
+        if self.config.second_audio_size is None:
+            raise InputError("This model hears one audio stream: its second_audio_size is None.")
+        self._second_audio_encoder = (encoder,)  # a tuple hides it from the state dict
 
     @property
     def connector_rule(self) -> masks.Rule:
@@ -304,12 +318,21 @@ class FAVOR(MultimodalLM):
         return torch.where(here[..., None], audio, 0).unflatten(0, audio_frames.shape)
 
     def _second(self, waveforms: Tensor | None, like: Tensor) -> Tensor:
+        """[N, at most as many steps as Whisper gives, second_audio_size]."""
         if self.second_audio_encoder is None or waveforms is None:
             raise InputError(
-                "This model hears a second audio stream (BEATs), whose encoder is no part of it. Set "
-                "model.second_audio_encoder, and processor.waveforms = True."
+                "This model hears a second audio stream (BEATs), whose encoder is no part of it. Give one to "
+                "model.set_second_audio_encoder, and set processor.waveforms = True."
             )
-        return self.second_audio_encoder(waveforms.flatten(0, 1)).to(like.dtype)[:, : like.shape[1]]
+        with torch.no_grad():
+            heard = self.second_audio_encoder(waveforms.flatten(0, 1).float())
+        size = self.config.second_audio_size
+        if heard.dim() != 3 or (len(heard), heard.shape[2]) != (len(like), size):
+            raise InputError(
+                f"The second audio encoder gave {list(heard.shape)} for {len(like)} sounds; this model takes "
+                f"[{len(like)}, steps, {size}]."
+            )
+        return heard.to(like.dtype)[:, : like.shape[1]]
 
     def patch_weights(
         self,
@@ -318,6 +341,7 @@ class FAVOR(MultimodalLM):
         input_features: Tensor,
         audio_frames: Tensor,
         question_ids: Tensor | None = None,
+        second_waveforms: Tensor | None = None,
     ) -> Tensor:
         """float [1, W * N, F * P]: how much each token of a row's one item takes from each patch of its frames.
 
@@ -329,7 +353,8 @@ class FAVOR(MultimodalLM):
                 "Where an answer looked is known for one video, of a model whose frames keep their patches."
             )
         visual = self._visual(pixel_values[None], num_frames[None], None)[0]
-        audio = self._audio(input_features[None], audio_frames[None], None)[0]
+        waveforms = None if second_waveforms is None else second_waveforms[None]
+        audio = self._audio(input_features[None], audio_frames[None], waveforms)[0]
         lengths, frames = torch.maximum(num_frames, audio_frames), int(num_frames[0])
         joint = synchronise(visual, audio, self.connector.audio_per_frame)[:, : int(lengths[0])]
         weights = self.connector.frame_weights(joint, lengths)[0]
@@ -402,6 +427,7 @@ class FAVORProcessor(MultimodalProcessor):
     """
 
     sampling = "favor"
+    multi_turn, hears = True, True
     before_answer = " "
 
     def __init__(
@@ -440,24 +466,39 @@ class FAVORProcessor(MultimodalProcessor):
         places = "" if not media or media in question else f"<Img>{media}</Img> "
         return f"USER: {places}{question}{self.answer_marker}{self.before_answer}"
 
+    def dialogue(self, turns: Sequence[Turn], system: str | None = None) -> str:
+        """The text of questions with their answers, as FAVOR is trained on it: each answer ends with "</s>"."""
+        return "".join(
+            self.prompt(turn.question, turn.media, system=system) + turn.answer + self.tokenizer.eos_token
+            for turn in turns
+        )
+
     def spans(self, pixels: Tensor, modality: Modality) -> list[Span]:
-        return [self.item_span(len(pixels))]
+        """The most tokens that a medium takes: of a clip as many frames are shown, and it may sound to the end."""
+        heard = 2 * self.feature_extractor.chunk_length if modality == Modality.VIDEO else 0
+        return [self.item_span(max(len(pixels), heard))]
 
     def item_span(self, length: int) -> Span:
         """The tokens of an item that lasts so many half seconds: a window stands as a frame."""
         return video(-(-length // self.window), self.num_queries, grid=False)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
-        """The ids of a text. What stands between media is encoded on its own, as the authors do."""
-        place = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        """The ids of a text. What stands between media and between turns is encoded on its own, as the authors do."""
         ids: list[int] = []
-        for i, piece in enumerate(text.rstrip(" ").split(IMAGE)):
-            ids += [place] if i else []
-            ids += self.tokenizer(piece, add_special_tokens=add_special_tokens and not i)["input_ids"]
+        for i, piece in enumerate(re.split(f"({IMAGE}|{re.escape(self.tokenizer.eos_token)})", text.rstrip(" "))):
+            if i % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            else:
+                ids += self.tokenizer(piece, add_special_tokens=add_special_tokens and not i)["input_ids"]
         return ids[:max_length]
 
     def marker_ids(self, marker: str) -> list[int]:
-        """The ids of a marker inside a text; at its beginning, tokenizers such as LLaMA's would add a space."""
+        """The ids of a marker where it stands: a turn begins a piece of text, an answer is marked inside one.
+
+        At the beginning, tokenizers such as LLaMA's add a space.
+        """
+        if marker == self.turn_marker:
+            return super().marker_ids(marker)
         before, whole = super().marker_ids("a"), super().marker_ids(f"a{marker}")
         return whole[len(before) :]
 
@@ -482,30 +523,42 @@ class FAVORProcessor(MultimodalProcessor):
             return read_video(source, num_frames=self.num_frames, **options)
         if not os.path.isfile(source):
             return super().read_video(source, **options)  # which says what is wrong
-        held = streams(source)
-        audio = self.read_audio(source) if "audio" in held else None
-        if held == {"audio"}:
-            nothing = np.zeros((0, 1, 1, 3), np.uint8)
+        if streams(source) == {"audio"}:
+            audio, nothing = self.read_audio(source), np.zeros((0, 1, 1, 3), np.uint8)
             return Film(nothing, np.zeros(0), [], None, 0, self.sampling, "pyav", str(source), audio=audio)
-        film = super().read_video(source, **options)
-        fields = {field.name: getattr(film, field.name) for field in dataclasses.fields(film)}
-        return Film(**fields, audio=audio)
+        return self.with_sound(super().read_video(source, **options), source)
 
-    def read_audio(self, source: Any) -> Audio:
-        """The sound of a source, as far as the audio encoder hears it.
+    def with_sound(self, seen: Video, source: str | os.PathLike[str] | np.ndarray, stop: float | None = None) -> Video:
+        """Frames of half a second each with the sound of a file, if it has any, or of float32 [S] at 16 kHz.
+
+        Args:
+            seen: the frames.
+            source: of the sound.
+            stop: seconds after which nothing is heard.
+
+        Raises:
+            AudioReadError, InputError: as `read_audio`.
+        """
+        heard = isinstance(source, np.ndarray) or "audio" in streams(source)
+        fields = {field.name: getattr(seen, field.name) for field in dataclasses.fields(Video)}
+        return Film(**fields, audio=self.read_audio(source, stop) if heard else None)
+
+    def read_audio(self, source: Any, stop: float | None = None) -> Audio:
+        """The sound of a source, up to a second or as far as the audio encoder hears it.
 
         Raises:
             AudioReadError: it cannot be read.
             InputError: it is longer than that, and long_audio is "error".
         """
         rate, limit = self.feature_extractor.sampling_rate, self.feature_extractor.n_samples
-        audio = read_audio(source, sample_rate=rate, stop=limit / rate + 1)
+        most = limit / rate + 1
+        audio = read_audio(source, sample_rate=rate, stop=most if stop is None else min(stop, most))
         # The packets of a codec seldom end with the film.
         if len(audio.waveform) > limit + 0.25 * rate:
             said = f"the sound lasts longer than the {limit / rate:g} s that the model hears"
             if self.long_audio == "error":
-                raise InputError(f"{source}: {said}. Give a part of it, or set processor.long_audio = 'cut'.")
-            logger.warning("%s: %s; the rest was left out", source, said)
+                raise InputError(f"{audio.source}: {said}. Give a part of it, or set processor.long_audio = 'cut'.")
+            logger.warning("%s: %s; the rest was left out", audio.source, said)
         return dataclasses.replace(audio, waveform=audio.waveform[:limit])
 
     def sample(
@@ -696,6 +749,41 @@ _SMALL_AUDIO = {"num_mel_bins": 24, "encoder_layers": 1, "encoder_attention_head
 _SMALL_AUDIO |= {"vocab_size": 8, "max_source_positions": 40, "dropout": 0.0}
 _SMALL_AUDIO |= {"bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
 
+_TINY: dict[str, Any] = {
+    "text_config": _TINY_TEXT,
+    "vision_config": {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "initializer_range": 0.02,
+    },
+    "qformer_config": {
+        "vocab_size": len(word_tokenizer(_TINY_WORDS)),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "encoder_hidden_size": 24,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "num_query_tokens": 6,
+    "audio_config": {**_SMALL_AUDIO, "d_model": 16, "encoder_ffn_dim": 24},
+    "connector": {
+        "num_queries": 6,
+        "window": 3,
+        "fine_queries": 2,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "audio_per_frame": 5,
+        "max_positions": 24,
+    },
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "favor-7b": {"text_config": _VICUNA_7B, **_FULL},
     "favor-13b": {"text_config": _VICUNA_13B, **_FULL},
@@ -705,40 +793,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "second_audio_size": 768,
         "connector": {"num_queries": 30, "fine_queries": 3},
     },
-    "favor-tiny": {
-        "text_config": _TINY_TEXT,
-        "vision_config": {
-            "hidden_size": 24,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-            "initializer_range": 0.02,
-        },
-        "qformer_config": {
-            "vocab_size": len(word_tokenizer(_TINY_WORDS)),
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "max_position_embeddings": 64,
-            "encoder_hidden_size": 24,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        },
-        "num_query_tokens": 6,
-        "audio_config": {**_SMALL_AUDIO, "d_model": 16, "encoder_ffn_dim": 24},
-        "connector": {
-            "num_queries": 6,
-            "window": 3,
-            "fine_queries": 2,
-            "num_heads": 2,
-            "intermediate_size": 24,
-            "audio_per_frame": 5,
-            "max_positions": 24,
-        },
-    },
+    "favor-tiny": _TINY,
+    "video-salmonn-tiny": {**_TINY, "second_audio_size": 12},
     "favor-nano": {
         "text_config": {
             **_TINY_TEXT,
@@ -794,6 +850,7 @@ def processor(name: str, config: FAVORConfig) -> FAVORProcessor | None:
         num_frames=8,
         whole_length=False,
         instruction=config.instruction,
+        waveforms=config.second_audio_size is not None,
     )
 
 
@@ -812,6 +869,14 @@ _REPEATED = {
 """What a checkpoint of DeepSpeed's stage 3 repeats, with the same values."""
 _LORA = re.compile(r"llama_model\.base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 _LORA_ALPHA = 32
+
+
+_TOWERS = (
+    "The frozen towers are not read from files of LAVIS, such as instruct_blip_vicuna13b_trimmed.pth and "
+    "eva_vit_g.pth: take them from Salesforce/instructblip-vicuna-13b (vision_model, qformer, query_tokens) and "
+    "openai/whisper-large-v2 (model.encoder), which hold them under the names of transformers, as the recipe "
+    "favor-13b does."
+)
 
 
 def load_trained(model: FAVOR, path: str | os.PathLike[str]) -> None:
@@ -847,6 +912,8 @@ def load_trained(model: FAVOR, path: str | os.PathLike[str]) -> None:
     missing, unexpected = wanted.keys() - trained.keys(), [*(trained.keys() - wanted.keys()), *strange]
     if missing or unexpected or misshapen:
         what = f"{path} does not fit the causal Q-Former and language model of this FAVOR."
+        if not trained.keys() & wanted.keys():
+            what += f" Nothing in it is of either. {_TOWERS}"
         raise CheckpointError(what, missing=missing, unexpected=unexpected, misshapen=misshapen)
     model.connector.load_state_dict(trained)
     for (layer, _), halves in pairs.items():

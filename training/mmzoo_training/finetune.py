@@ -43,7 +43,8 @@ class Part:
 
     Attributes:
         weights: "hf-hub:org/name" or a folder.
-        prefix: what stands before the part's parameter names in that checkpoint, such as "vision_model.".
+        prefix: what stands before the part's parameter names in that checkpoint, such as "vision_model."; of a single
+            parameter, its name there.
     """
 
     weights: str
@@ -59,8 +60,8 @@ class Finetune(lightning.LightningModule):
     Args:
         name: a registered model, "hf-hub:org/name" or a folder.
         weights: where a registered model's weights come from: "default", another place, or null for random ones.
-        parts: instead of `weights`: submodule -> where its weights come from. The language model's configuration comes
-            from there too.
+        parts: instead of `weights`: submodule or parameter -> where its weights come from. The language model's
+            configuration comes from there too.
         fresh: with `parts`: regular expressions of parameters that start at random, or whose table has more rows than
             the part's; every other parameter has to come from a part.
         processor: where the processor comes from, for models that are new: a place with a checkpoint of this family,
@@ -397,18 +398,19 @@ def from_parts(
     """
     folders = {where: hub.locate(part.weights) for where, part in parts.items()}
     plan = mmzoo.create(name, device="meta", **{key: x for key, x in config.items() if key != "text_config"})
+    parameters = dict(plan.named_parameters())
     for where in parts:
-        if where not in dict(plan.named_modules()):
+        if where not in parameters and where not in dict(plan.named_modules()):
             raise InputError(f"{name} has no part {where!r}; it has {', '.join(dict(plan.named_children()))}.")
-        if plan.get_submodule(where) is plan.language_model:
+        if where not in parameters and plan.get_submodule(where) is plan.language_model:
             base = AutoConfig.from_pretrained(folders[where]).to_dict()
             config = {**config, "text_config": {**base, **config.get("text_config", {})}}
     model = mmzoo.create(name, attention=attention, **config)
     wanted, missing, misshapen = model.state_dict(), set(model.state_dict()), []
     for where, part in parts.items():
         given = hub.read_tensors(folders[where])
-        for own in [own for own in wanted if own.startswith(f"{where}.")]:
-            there = given.get(part.prefix + own.removeprefix(f"{where}."))
+        for own in [own for own in wanted if own == where or own.startswith(f"{where}.")]:
+            there = given.get(part.prefix + own.removeprefix(where).removeprefix("."))
             if there is None:
                 continue
             missing.discard(own)
@@ -532,10 +534,18 @@ def prompts(inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[dict[st
                 yield prompt, labels[row, trained[turn == turn[0]]]
 
 
+def item_starts(layout: TokenLayout) -> Tensor:
+    """bool [B, L]: the first token of every medium, of however many frames or windows."""
+    run = layout.runs("sample", "segment")
+    starts = layout.visual.clone()
+    starts[:, 1:] &= run[:, 1:] != run[:, :-1]
+    return starts
+
+
 def _prompt(inputs: Mapping[str, Any], layout: TokenLayout, row: int, first: int, last: int) -> dict[str, Tensor]:
     """The inputs of the tokens first to last of one row alone, with their own media."""
     own = layout.data[row : row + 1, first:last]
-    starts = media_starts(layout)[row]
+    starts = (media_starts(layout) if inputs.get("num_frames") is None else item_starts(layout))[row]
     before, within = int(starts[:first].sum()), int(starts[first:last].sum())
     prompt = {"input_ids": inputs["input_ids"][row : row + 1, first:last], "layout": own}
     media = {

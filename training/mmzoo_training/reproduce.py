@@ -21,12 +21,19 @@ import torch
 from mmzoo.attention.verdicts import versions
 from mmzoo.errors import InputError
 from mmzoo.files import replacing
-from mmzoo_training import claim_ccam, claim_cells, claim_video
+from mmzoo_training import claim_ccam, claim_cells, claim_qformer, claim_video
 from mmzoo_training.claims import Advance, Claim
 
 CLAIMS = {
     claim.name: claim
-    for claim in (claim_ccam.CLAIM, claim_cells.FRAME_BLOCK, claim_cells.CCA, claim_cells.MMA, claim_video.CLAIM)
+    for claim in (
+        claim_ccam.CLAIM,
+        claim_qformer.CLAIM,
+        claim_cells.FRAME_BLOCK,
+        claim_cells.CCA,
+        claim_cells.MMA,
+        claim_video.CLAIM,
+    )
 }
 """By name, in the order in which `all` runs them."""
 

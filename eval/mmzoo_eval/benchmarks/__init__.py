@@ -31,6 +31,7 @@ MODULES: dict[str, str] = {
     "vlind_bench": "vlind_bench",
     "world": "world",
     "world_reversed": "world",
+    "world_sound": "world_sound",
     "world_unseen": "world",
 }
 """Name -> module of this package that holds it in its BENCHMARKS."""
