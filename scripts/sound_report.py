@@ -27,7 +27,8 @@ Trained by `mmzoo fit --config favor-nano` (seed 0; clips made on the fly; {took
 and shipped with the package. It answers short questions about clips of coloured shapes and the tones that come with
 them, in the words of the synthetic world with sound; about anything else it knows nothing. {parameters:,} parameters:
 InstructBLIP's tower at 32 pixels, Whisper's encoder at 10 steps a second, a causal Q-Former with windows of 8 frames
-and of one (`direction="past"`), LLaMA with 3 layers.
+and of one, LLaMA with 3 layers. Its frames look back (`direction="past"`), as the paper has it; the connector's mask
+above is that of the authors' code.
 
 ## What it can do
 

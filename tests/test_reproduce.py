@@ -521,7 +521,8 @@ def test_the_command_prints_the_table(counted: SimpleNamespace, tmp_path: Path) 
 def test_an_unknown_claim_names_the_known_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "ccam, frame-block, cca, mma, causal-video, and all" in failure(
+    assert "ccam, causal-qformer, frame-block, cca, mma, causal-video, and all" in failure(
         monkeypatch, capsys, "reproduce", "alchemy"
     ).replace("\n", " ")
-    assert [claim.name for claim in reproduce.claims("all")] == ["ccam", "frame-block", "cca", "mma", "causal-video"]
+    names = ["ccam", "causal-qformer", "frame-block", "cca", "mma", "causal-video"]
+    assert [claim.name for claim in reproduce.claims("all")] == names
