@@ -14,7 +14,6 @@ import importlib.util
 import torch
 from torch import Tensor
 
-
 FLA_CHUNK = 64
 
 

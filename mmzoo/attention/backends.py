@@ -268,9 +268,9 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, fullgraph=True, dynamic=True)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None) -> Tensor:
+def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None, **more: Any) -> Tensor:
     """[B, H, Q, D] by compiled FlexAttention under a block mask; a query without an open key gives 0."""
-    options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1], **more}
     if torch.compiler.is_compiling():  # a part of the caller's graph
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -278,6 +278,16 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: floa
     # Each number of terms, dtype and gradient mode is a graph of its own; past the limit torch would go on unfused.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         return _compiled_flex()(query, key, value, **options)
+
+
+def flex_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same, and log-sum-exps [B, H, Q]."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out, told = flex(query, key, value, mask, scale, return_aux=AuxRequest(lse=True))
+    return out, told.lse
 
 
 def attend(
