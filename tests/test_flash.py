@@ -246,6 +246,42 @@ def test_a_language_model_runs_on_it(rule: str) -> None:
     torch.testing.assert_close(logits[layout.valid], expected[layout.valid], atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPUs, in the interpreter")
+def test_two_processes_sharded_by_fsdp_and_checkpointed_compute_what_one_does(tmp_path: Path) -> None:
+    from flash_sharding import LAYOUT, loss_of, the_model
+
+    model = the_model()
+    losses = [loss_of(model, slice(i, i + 1)) for i in range(len(LAYOUT.data))]
+    (sum(losses) / len(losses)).backward()
+    root, out = Path(__file__).resolve().parent.parent, tmp_path / "sharded.pt"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(root / "tests" / "flash_sharding.py"),
+                str(rank),
+                "2",
+                str(tmp_path / "store"),
+                str(out),
+            ],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said[-3000:]
+    found = torch.load(out)
+    torch.testing.assert_close(found["loss"], sum(losses).detach() / len(losses))
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(expected) > 20
+    torch.testing.assert_close(found["gradients"], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_backend_says_what_it_cannot_do() -> None:
     for device, dim, reason in (("cpu", 16, "need a GPU"), ("cuda", 300, "256, not 300")):
         with pytest.raises(UnsupportedMask, match=reason):
