@@ -14,6 +14,14 @@ from mmzoo.attention.backends import BACKENDS
 from mmzoo.attention.verdicts import EXAMPLES, SCENARIOS, verdict
 from mmzoo.layout import TokenLayout, batch, lay_out, pack, text, video
 from mmzoo.world import make_clip
+from mmzoo_kernels.contexts import (
+    TEXT,
+    Chunks,
+    mixture_of_contexts,
+    naive_mixture_of_contexts,
+    route,
+    torch_varlen,
+)
 from mmzoo_kernels.softmax import fast_softmax_attention, softmax_attention
 
 pytestmark = [
@@ -65,6 +73,16 @@ def test_torchs_kernels_give_their_log_sum_exp(masked: bool, dtype: torch.dtype)
     found, right = (one(*inputs, mask) for one in (fast_softmax_attention, softmax_attention))
     rounding = 2e-2 if dtype is torch.bfloat16 else 2e-3
     torch.testing.assert_close(found, right, atol=rounding, rtol=rounding)
+
+
+@torch.no_grad()
+def test_mixture_of_contexts_by_torchs_kernel() -> None:
+    chunks = Chunks(*torch.tensor([[30, 200, 7, 90, 140], [TEXT, 0, 0, 1, 2]], device="cuda"))
+    inputs = [torch.randn(2, 4, 467, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    chosen = route(*inputs[:2], chunks, 1)
+    found = mixture_of_contexts(*inputs, chunks, chosen, torch_varlen)
+    right = naive_mixture_of_contexts(*inputs, chunks, chosen)
+    torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
 
 
 def test_new_layouts_and_rules_of_as_many_terms_do_not_recompile() -> None:
