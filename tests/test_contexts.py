@@ -44,6 +44,12 @@ def test_routing_is_the_formula(parts: list[tuple[int, int]], top_k: int, seed: 
         assert set(chosen[1, 0, i].nonzero().flatten().tolist()) == expected
 
 
+def test_a_long_chunk_is_not_better_for_being_long() -> None:
+    chunks = Chunks(torch.tensor([1, 5, 1]), torch.tensor([0, 1, 2]))
+    key = torch.tensor([2.0, 1, 1, 1, 1, 1, 0])[None, None, :, None]
+    assert route(torch.ones_like(key), key, chunks, 1)[0, 0, -1].tolist() == [True, False, True]
+
+
 @given(parts=pieces, top_k=st.integers(0, 4), seed=st.integers(0, 99))
 def test_runs_equal_the_mask(parts: list[tuple[int, int]], top_k: int, seed: int) -> None:
     chunks, inputs = a_stream(parts, seed)
