@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ from hypothesis import strategies as st
 from test_language import a_model, ids_for
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from mmzoo import masks
 from mmzoo.attention import BACKENDS, backend, compact
 from mmzoo.attention.backends import Mask
 from mmzoo.attention.transformers import implementations
 from mmzoo.errors import UnsupportedMask
-from mmzoo.layout import Role, batch, image, lay_out, text, video
+from mmzoo.layout import Role, TokenLayout, batch, image, lay_out, text, video
 from mmzoo.masks.ccam import query_layout
+from mmzoo_kernels import flash
 from mmzoo_kernels.flash import blocks, flash_mask, masked_attention, naive_masked_attention
 from mmzoo_kernels.masks import CompactMask
 from mmzoo_kernels.softmax import merge_states
@@ -178,6 +181,23 @@ def test_in_a_compiled_graph_and_under_checkpointing() -> None:
     for out, found in zip(runs[1:], gradients[1:]):
         assert torch.equal(out, runs[0])
         assert all(torch.equal(*pair) for pair in zip(found, gradients[0])), "the backward pass is deterministic"
+
+
+def test_torch_knows_all_of_the_operator() -> None:
+    """Its schema, its shapes without data, its autograd, and all of that traced."""
+    mask = compact(masks.frame_block_causal(), lay_out(text(2), video(2, 2, 2), text(4)))
+    ready = flash_mask(mask, size=SIZE).to(DEVICE)
+    torch.library.opcheck(flash._forward_op, (*tensors(mask), list(ready.arrays), SIZE, 1, 0.25))
+
+
+def test_masks_are_made_in_a_collate_function_and_travel_between_processes() -> None:
+    samples = [LAYOUT.data[:1], LAYOUT.data[1:]]
+
+    def collate(rows: list[Tensor]) -> bytes:
+        return pickle.dumps(flash_mask(compact(masks.modality_mutual(), TokenLayout(torch.cat(rows))), size=8))
+
+    (sent,) = DataLoader(samples, batch_size=2, collate_fn=collate)
+    assert torch.equal(pickle.loads(sent).opened()[0], compact(masks.modality_mutual(), LAYOUT).dense())
 
 
 def test_what_does_not_fit_is_refused() -> None:
