@@ -273,8 +273,8 @@ def test_relay_attention_is_attention_to_prefix_and_own(batch: int, queries: int
     opened = torch.rand(batch, 1, queries, 12) < 0.5
     whole = [torch.cat([prefix.expand(batch, -1, -1, -1), own], 2) for prefix, own in zip(rest[:2], rest[2:])]
     prefix_mask, mask = opened.split([7, 5], 3)
-    found = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]), mask, prefix_mask=prefix_mask)
-    torch.testing.assert_close(found, softmax_attention(query, *whole, opened))
+    found = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]), mask, 0.3, prefix_mask)
+    torch.testing.assert_close(found, softmax_attention(query, *whole, opened, 0.3))
     found = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]))
     torch.testing.assert_close(found, softmax_attention(query, *whole))
 
