@@ -286,8 +286,11 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, fullgraph=True, dynamic=True)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None, **more: Any) -> Tensor:
-    """[B, H, Q, D] by compiled FlexAttention under a block mask; a query without an open key gives 0."""
+def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None, **more: Any) -> Any:
+    """[B, H, Q, D] by compiled FlexAttention under a block mask; a query without an open key gives 0.
+
+    `more` goes to torch's function: `return_aux` adds what it asks for.
+    """
     options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1], **more}
     if torch.compiler.is_compiling():  # a part of the caller's graph
         from torch.nn.attention.flex_attention import flex_attention
