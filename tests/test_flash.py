@@ -101,6 +101,20 @@ def test_rules(rules: tuple[masks.Rule, ...]) -> None:
     check(branches, tensors(branches[0]))
 
 
+def test_memory_that_lies_in_another_order() -> None:
+    """Inputs with the head dim first, and the gradient of a sum, one number for all."""
+    layout = lay_out(text(2), image(2, 2), text(3))
+    branches = [compact(rule, layout) for rule in masks.multimodal_causal()]
+    inputs = [torch.randn(1, 16, 2, 9).to(DEVICE).permute(0, 2, 3, 1).requires_grad_() for _ in range(3)]
+    assert inputs[0].stride(-1) != 1
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, _ = masked_attention(*inputs, flash_mask(*branches, size=SIZE).to(DEVICE))
+    expected, _ = naive_masked_attention(*exact, branches)
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
+    for found, right in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), exact)):
+        torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-4)
+
+
 def test_cross_attention_and_shared_heads() -> None:
     video_layout = lay_out(video(5, 2, 4))
     mask = compact(masks.causal_cross_attention(), query_layout(20, 5), video_layout)
