@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_ordinary_layouts_visit_no_tile_in_vain_and_prove_the_full_ones(name: st
     assert torch.equal(tiles.visited, pairs.any(-1))
     assert torch.equal(tiles.full, pairs.all(-1))
     assert tiles.full.any() or name == "sliding-window(5)"
+
+
+@pytest.mark.parametrize("side", ["query_sample", "key_sample"])
+def test_a_tile_with_padding_is_not_full_whatever_its_numbers_say(side: str) -> None:
+    mask = compact(masks.bidirectional(), lay_out(text(8)))
+    sample = getattr(mask, side).clone()
+    sample[0, 2] = -1
+    assert mask.tiles(4).full.all()
+    assert replace(mask, **{side: sample}).tiles(4).full.sum() == 2
+
+
+def test_a_block_mask_holds_other_numbers_of_queries_and_keys() -> None:
+    mask = compact(masks.causal(), lay_out(text(20))).rows(slice(15, 20))
+    assert mask.block_mask(8).shape == (1, 1, 5, 20)
 
 
 @every_rule
