@@ -8,7 +8,8 @@ Shape legend: B batch, L tokens, K layout fields, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmzoo import masks, positions
 from mmzoo.asking import Asking
 from mmzoo.attention.compiler import looks_ahead
-from mmzoo.attention.prefix import PrefixCache
+from mmzoo.attention.prefix import PrefixCache, SharedMask
 from mmzoo.attention.transformers import (
     IMPLEMENTATIONS,
     PAIR_IMPLEMENTATIONS,
+    SHARED_IMPLEMENTATIONS,
     Pair,
     backbone_mask,
     implementation,
@@ -357,28 +359,48 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             given = None if layout is None else layout[-num_queries:]
             inputs_embeds = self.embed(input_ids, given, pixel_values, visual_embeds, **media)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            use_cache=bool(use_cache) or cache is not None,
-            logits_to_keep=logits_to_keep,
-            **passed_on(attention_mask),
-            **self._shared(cache),
-            **{CACHE: cache},
-            **kwargs,
-        )
+        with self._attending_to(cache) as shared:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                position_ids=position_ids,
+                use_cache=bool(use_cache) or cache is not None,
+                logits_to_keep=logits_to_keep,
+                **passed_on(attention_mask),
+                **shared,
+                **{CACHE: cache},
+                **kwargs,
+            )
         outputs.loss = None if labels is None else next_token_loss(outputs.logits, labels)
         return outputs
 
-    def _shared(self, cache: Cache | None) -> dict[str, PrefixCache]:
-        """What tells attention of a prefix that exists once for the whole batch."""
+    @contextmanager
+    def _attending_to(self, cache: Cache | None) -> Iterator[dict[str, PrefixCache]]:
+        """Attention over a cache, with what tells it of a prefix that exists once for the whole batch."""
         if not isinstance(cache, PrefixCache):
-            return {}
-        chosen = self.language_model.config._attn_implementation
-        if chosen != IMPLEMENTATIONS["eager"]:
-            reason = "keys that exist once are attended to apart, which attention='eager' does for single rules"
-            raise UnsupportedMask(f"{chosen} with a shared prefix", self.rule_name, reason)
-        return {"shared_prefix": cache}
+            yield {}
+            return
+        config = self.language_model.config
+        chosen = config._attn_implementation
+        config._attn_implementation = self._apart(_BACKENDS.get(chosen, chosen))
+        try:
+            yield {"shared_prefix": cache}
+        finally:
+            config._attn_implementation = chosen
+
+    def _apart(self, attention: str) -> str:
+        """transformers' name of a backend that attends to a shared prefix apart."""
+        others: Iterable[str] = SHARED_IMPLEMENTATIONS
+        if isinstance(self.rule, tuple):
+            reason, others = "keys that exist once are attended to apart, which is done for single rules only", ()
+        elif attention not in SHARED_IMPLEMENTATIONS:
+            reason = "keys that exist once are attended to apart and merged, and it gives no log-sum-exp here"
+        elif attention != "eager" and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            reason, others = "it has no gradient there without torch.no_grad()", ("eager",)
+        elif attention != "eager" and self.device.type not in ("cpu", "cuda"):
+            reason, others = f"it gives no log-sum-exp on {self.device}", ("eager",)
+        else:
+            return SHARED_IMPLEMENTATIONS[attention]
+        raise UnsupportedMask(f"{attention} with a shared prefix", self.rule_name, reason, others)
 
     def _check_cut(self, layout: TokenLayout, num_queries: int) -> None:
         """Whether the cache may end where these tokens begin; an answer's next token always may come alone."""
@@ -396,7 +418,7 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
         self, attention_mask: Any, position_ids: Tensor | None, num_queries: int, cache: Cache | None
     ) -> bool:
         """Whether the backbone may take mask and positions as they are."""
-        if isinstance(attention_mask, (dict, tuple, Pair, FlashMask)) or (
+        if isinstance(attention_mask, (dict, tuple, Pair, FlashMask, SharedMask)) or (
             attention_mask is not None and len(attention_mask.shape) == 4
         ):
             _check_finished(attention_mask, position_ids)

@@ -62,7 +62,8 @@ def attention_algorithms() -> str:
     said = [
         "`mmzoo_kernels.list_attentions()`: where each is defined and where its code is. Complexity and state are of",
         "one head, over N tokens (Q queries, K keys) of head dim D and value dim E. What is here is plain torch, but",
-        "`masked` is Triton; all are compared with their definitions or their authors' numbers. " + GENERATED,
+        '`masked` is Triton, and `lightning-2` runs on flash-linear-attention with `backend="fla"` (`pip install',
+        "'mmzoo[linear]'`); all are compared with their definitions or their authors' numbers. " + GENERATED,
     ]
     head = ["| algorithm | complexity | state | " + " | ".join(PATTERNS) + " | source | code |", "|---" * 9 + "|"]
     rows = [

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmzoo_kernels import list_attentions
+from mmzoo_kernels import lightning, list_attentions
 from mmzoo_kernels.core_context import core_context_attention, core_tokens
 from mmzoo_kernels.higher_order import naive_second_order_attention, second_order_attention
 from mmzoo_kernels.lightning import lightning_attention, naive_lightning_attention
@@ -53,6 +53,58 @@ def test_lightning_attention_in_chunks_is_the_definition(tokens: int, chunk: int
         lambda q, k, v: naive_lightning_attention(q, k, v, slopes),
         inputs,
     )
+
+
+@pytest.fixture
+def fla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-linear-attention; where there is no GPU, as Triton's interpreter can run it."""
+    pytest.importorskip("fla")
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import autotuner, interpreter
+
+    # Tuning asks a driver for its clock, and kernels call methods on the numbers of their loops.
+    monkeypatch.setattr(autotuner.Autotuner, "_bench", lambda self, *args, **options: [0.0, 0.0, 0.0])
+    numbers = lambda *bounds: map(interpreter._implicit_cvt, range(*map(int, bounds)))  # noqa: E731
+    monkeypatch.setattr("fla.ops.common.chunk_h.range", numbers, raising=False)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_lightning_attention_by_fla_is_the_definition(fla: None, carried: bool) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    slopes = torch.tensor([0.1, 0.7])
+    inputs = [x / 2 for x in drawn(0, (2, 2, 70, 16), (2, 2, 70, 16), (2, 2, 70, 16))]
+    inputs += drawn(1, (2, 2, 16, 16)) if carried else []
+    leaves = [x.float().to(device).requires_grad_() for x in inputs]
+    exact = [x.requires_grad_() for x in inputs]
+    found = lightning_attention(*leaves[:3], slopes.to(device), *leaves[3:], backend="fla")
+    right = lightning_attention(*exact[:3], slopes.double(), *exact[3:])
+    rounding = 2e-2 if device == "cuda" else 2e-5
+    gradients = [
+        torch.autograd.grad(out.sin().sum() + last.cos().sum(), to)
+        for (out, last), to in ((found, leaves), (right, exact))
+    ]
+    for one, other in zip((*found, *gradients[0]), (*right, *gradients[1]), strict=True):
+        torch.testing.assert_close(one.double().cpu(), other, atol=rounding, rtol=rounding)
+
+
+def test_what_fla_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, slopes = [x.float() for x in drawn(0, *[(1, 1, 3, 4)] * 3)], torch.tensor([0.1])
+    with pytest.raises(ValueError, match="'triton'.*torch, fla"):
+        lightning_attention(*inputs, slopes, backend="triton")
+    monkeypatch.setattr(lightning.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"mmzoo\[linear\]"):
+        lightning_attention(*inputs, slopes, backend="fla")
+    monkeypatch.setattr(lightning.importlib.util, "find_spec", lambda name: name)
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    with pytest.raises(ValueError, match="not torch.float64"):
+        lightning_attention(*(x.double() for x in inputs), slopes, backend="fla")
+    with pytest.raises(ValueError, match="chunks of 64 tokens, not 16"):
+        lightning_attention(*inputs, slopes, chunk=16, backend="fla")
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="needs a GPU.*cpu"):
+        lightning_attention(*inputs, slopes, backend="fla")
 
 
 @given(tokens=lengths, chunk=st.integers(1, 16), seed=seeds)
@@ -221,8 +273,8 @@ def test_relay_attention_is_attention_to_prefix_and_own(batch: int, queries: int
     opened = torch.rand(batch, 1, queries, 12) < 0.5
     whole = [torch.cat([prefix.expand(batch, -1, -1, -1), own], 2) for prefix, own in zip(rest[:2], rest[2:])]
     prefix_mask, mask = opened.split([7, 5], 3)
-    found = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]), mask, prefix_mask=prefix_mask)
-    torch.testing.assert_close(found, softmax_attention(query, *whole, opened))
+    found = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]), mask, 0.3, prefix_mask)
+    torch.testing.assert_close(found, softmax_attention(query, *whole, opened, 0.3))
     found = relay_attention(query, tuple(rest[:2]), tuple(rest[2:]))
     torch.testing.assert_close(found, softmax_attention(query, *whole))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ from hypothesis import strategies as st
 from test_language import a_model, ids_for
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from mmzoo import masks
 from mmzoo.attention import BACKENDS, backend, compact
 from mmzoo.attention.backends import Mask
 from mmzoo.attention.transformers import implementations
 from mmzoo.errors import UnsupportedMask
-from mmzoo.layout import Role, batch, image, lay_out, text, video
+from mmzoo.layout import Role, TokenLayout, batch, image, lay_out, text, video
 from mmzoo.masks.ccam import query_layout
+from mmzoo_kernels import flash
 from mmzoo_kernels.flash import blocks, flash_mask, masked_attention, naive_masked_attention
 from mmzoo_kernels.masks import CompactMask
 from mmzoo_kernels.softmax import merge_states
@@ -96,6 +99,20 @@ def test_random_masks(mask: CompactMask) -> None:
 def test_rules(rules: tuple[masks.Rule, ...]) -> None:
     branches = [compact(rule, LAYOUT) for rule in rules]
     check(branches, tensors(branches[0]))
+
+
+def test_memory_that_lies_in_another_order() -> None:
+    """Inputs with the head dim first, and the gradient of a sum, one number for all."""
+    layout = lay_out(text(2), image(2, 2), text(3))
+    branches = [compact(rule, layout) for rule in masks.multimodal_causal()]
+    inputs = [torch.randn(1, 16, 2, 9).to(DEVICE).permute(0, 2, 3, 1).requires_grad_() for _ in range(3)]
+    assert inputs[0].stride(-1) != 1
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, _ = masked_attention(*inputs, flash_mask(*branches, size=SIZE).to(DEVICE))
+    expected, _ = naive_masked_attention(*exact, branches)
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
+    for found, right in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), exact)):
+        torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=1e-4)
 
 
 def test_cross_attention_and_shared_heads() -> None:
@@ -180,6 +197,23 @@ def test_in_a_compiled_graph_and_under_checkpointing() -> None:
         assert all(torch.equal(*pair) for pair in zip(found, gradients[0])), "the backward pass is deterministic"
 
 
+def test_torch_knows_all_of_the_operator() -> None:
+    """Its schema, its shapes without data, its autograd, and all of that traced."""
+    mask = compact(masks.frame_block_causal(), lay_out(text(2), video(2, 2, 2), text(4)))
+    ready = flash_mask(mask, size=SIZE).to(DEVICE)
+    torch.library.opcheck(flash._forward_op, (*tensors(mask), list(ready.arrays), SIZE, 1, 0.25))
+
+
+def test_masks_are_made_in_a_collate_function_and_travel_between_processes() -> None:
+    samples = [LAYOUT.data[:1], LAYOUT.data[1:]]
+
+    def collate(rows: list[Tensor]) -> bytes:
+        return pickle.dumps(flash_mask(compact(masks.modality_mutual(), TokenLayout(torch.cat(rows))), size=8))
+
+    (sent,) = DataLoader(samples, batch_size=2, collate_fn=collate)
+    assert torch.equal(pickle.loads(sent).opened()[0], compact(masks.modality_mutual(), LAYOUT).dense())
+
+
 def test_what_does_not_fit_is_refused() -> None:
     mask = compact(masks.causal(), lay_out(text(6)))
     ready = flash_mask(mask, size=SIZE)
@@ -244,6 +278,42 @@ def test_a_language_model_runs_on_it(rule: str) -> None:
     with torch.no_grad():
         logits = model(ids, layout).logits
     torch.testing.assert_close(logits[layout.valid], expected[layout.valid], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPUs, in the interpreter")
+def test_two_processes_sharded_by_fsdp_and_checkpointed_compute_what_one_does(tmp_path: Path) -> None:
+    from flash_sharding import LAYOUT, loss_of, the_model
+
+    model = the_model()
+    losses = [loss_of(model, slice(i, i + 1)) for i in range(len(LAYOUT.data))]
+    (sum(losses) / len(losses)).backward()
+    root, out = Path(__file__).resolve().parent.parent, tmp_path / "sharded.pt"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(root / "tests" / "flash_sharding.py"),
+                str(rank),
+                "2",
+                str(tmp_path / "store"),
+                str(out),
+            ],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said[-3000:]
+    found = torch.load(out)
+    torch.testing.assert_close(found["loss"], sum(losses).detach() / len(losses))
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(expected) > 20
+    torch.testing.assert_close(found["gradients"], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_backend_says_what_it_cannot_do() -> None:

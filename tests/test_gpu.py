@@ -14,6 +14,15 @@ from mmzoo.attention.backends import BACKENDS
 from mmzoo.attention.verdicts import EXAMPLES, SCENARIOS, verdict
 from mmzoo.layout import TokenLayout, batch, lay_out, pack, text, video
 from mmzoo.world import make_clip
+from mmzoo_kernels.contexts import (
+    TEXT,
+    Chunks,
+    mixture_of_contexts,
+    naive_mixture_of_contexts,
+    route,
+    torch_varlen,
+)
+from mmzoo_kernels.softmax import fast_softmax_attention, softmax_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +60,29 @@ def test_larger_layouts_in_bfloat16(attention: str, heads: int, groups: int, hea
         results.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
     for fused, eager in zip(*results, strict=True):
         torch.testing.assert_close(fused, eager, atol=6e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_kernels_give_their_log_sum_exp(masked: bool, dtype: torch.dtype) -> None:
+    shapes = [(3, 14, 5, 64), (3, 2, 203, 64), (3, 2, 203, 64)]
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+    mask = torch.rand(3, 1, 5, 203, device="cuda") < 0.3 if masked else None
+    if mask is not None:
+        mask[1, 0, 2] = False
+    found, right = (one(*inputs, mask) for one in (fast_softmax_attention, softmax_attention))
+    rounding = 2e-2 if dtype is torch.bfloat16 else 2e-3
+    torch.testing.assert_close(found, right, atol=rounding, rtol=rounding)
+
+
+@torch.no_grad()
+def test_mixture_of_contexts_by_torchs_kernel() -> None:
+    chunks = Chunks(*torch.tensor([[30, 200, 7, 90, 140], [TEXT, 0, 0, 1, 2]], device="cuda"))
+    inputs = [torch.randn(2, 4, 467, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    chosen = route(*inputs[:2], chunks, 1)
+    found = mixture_of_contexts(*inputs, chunks, chosen, torch_varlen)
+    right = naive_mixture_of_contexts(*inputs, chunks, chosen)
+    torch.testing.assert_close(found, right, atol=2e-2, rtol=2e-2)
 
 
 def test_new_layouts_and_rules_of_as_many_terms_do_not_recompile() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,20 @@ def test_ordinary_layouts_visit_no_tile_in_vain_and_prove_the_full_ones(name: st
     assert tiles.full.any() or name == "sliding-window(5)"
 
 
+@pytest.mark.parametrize("side", ["query_sample", "key_sample"])
+def test_a_tile_with_padding_is_not_full_whatever_its_numbers_say(side: str) -> None:
+    mask = compact(masks.bidirectional(), lay_out(text(8)))
+    sample = getattr(mask, side).clone()
+    sample[0, 2] = -1
+    assert mask.tiles(4).full.all()
+    assert replace(mask, **{side: sample}).tiles(4).full.sum() == 2
+
+
+def test_a_block_mask_holds_other_numbers_of_queries_and_keys() -> None:
+    mask = compact(masks.causal(), lay_out(text(20))).rows(slice(15, 20))
+    assert mask.block_mask(8).shape == (1, 1, 5, 20)
+
+
 @every_rule
 @given(data=st.data())
 @settings(max_examples=10)
@@ -104,6 +119,39 @@ def test_a_block_mask_holds_what_the_dense_mask_holds(name: str, data: st.DataOb
     assert torch.equal(rebuilt, dense)
     by_key = blocks.q_num_blocks.sum() + blocks.full_q_num_blocks.sum()
     assert by_key == blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum()
+
+
+@every_rule
+@given(data=st.data(), query_tiles=st.integers(1, 3))
+@settings(max_examples=5)
+def test_flash_attn_4_is_told_what_the_dense_mask_holds(name: str, data: st.DataObject, query_tiles: int) -> None:
+    rule, samples = RULES[name]
+    mask = compact(rule, data.draw(samples))
+    dense, (by_query, by_key) = mask.padded(8 * query_tiles).dense(), mask.block_sparse(8, query_tiles)
+    rows, columns = by_query.block_size
+    assert (rows, columns) == (8 * query_tiles, 8)
+    padded = torch.nn.functional.pad(dense, (0, -dense.shape[2] % 8)).unflatten(2, (-1, columns))
+    pairs = padded.unflatten(1, (-1, rows)).transpose(2, 3)[:, :, : by_query[1].shape[-1]]  # [B, Q', K', rows, columns]
+    partial, full = listed(*by_query[:2]), listed(*by_query[2:4])
+    assert not (partial & full).any()
+    assert not (pairs.flatten(3).any(-1) & ~(partial | full)).any()
+    assert not (full & ~pairs.flatten(3).all(-1)).any()
+    assert torch.equal(listed(*by_key[:2]), partial.mT)
+    assert torch.equal(listed(*by_key[2:4]), full.mT)
+
+
+def listed(counts: Tensor, indices: Tensor) -> Tensor:
+    """bool [B, Q', K'] of lists with an axis of one head."""
+    chosen = torch.arange(indices.shape[-1]) < counts[..., None]
+    return torch.zeros_like(chosen).scatter(-1, indices.long(), chosen)[:, 0]
+
+
+def test_tiles_of_queries_taken_together_are_few_and_full_where_both_are() -> None:
+    mask = compact(masks.causal(), lay_out(text(64)))
+    by_query, _ = mask.block_sparse(16, 2)
+    assert by_query.mask_block_cnt.tolist() == [[[2, 2]]]
+    assert by_query.full_block_cnt.tolist() == [[[0, 2]]]
+    assert by_query.mask_block_idx[0, 0, 1, :2].tolist() == [2, 3]
 
 
 @every_rule

@@ -66,7 +66,7 @@ def mixture_of_contexts(
         query, key, value: [B, H, N, D].
         chunks: see `Chunks`.
         chosen: bool [B, H, N, C], what `route` gave.
-        varlen: attention within runs; plain torch if None.
+        varlen: attention within runs, `torch_varlen` on a GPU; plain torch, with gradients, if None.
     """
     pairs = chosen.flatten(0, 1).transpose(1, 2)  # [B H, C, N]: all queries of a chunk stand together
     head, _, token = pairs.nonzero(as_tuple=True)
@@ -96,6 +96,27 @@ def naive_varlen(
         outs.append(out[0, 0])
         lses.append(lse[0, 0])
     return torch.cat(outs), torch.cat(lses)
+
+
+def torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, query_borders: Tensor, key_borders: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention within runs by torch's flash kernel, on a GPU and forward only; see `Varlen`.
+
+    Raises:
+        ValueError: a CPU, another precision than float16 and bfloat16, or a gradient is wanted, which would lack the
+            log-sum-exp's part.
+    """
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"torch_varlen takes float16 and bfloat16 on a GPU, not {query.dtype} on {query.device}.")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise ValueError("torch_varlen has no backward pass: call it under torch.no_grad(), or use naive_varlen.")
+    longest = [int(borders.diff().max()) for borders in (query_borders, key_borders)]
+    one_head = (x[:, None] for x in (query, key, value))
+    out, lse = varlen_attn(*one_head, query_borders, key_borders, *longest, return_aux=AuxRequest(lse=True))
+    return out[:, 0], lse[0]
 
 
 def _borders(lengths: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,43 @@ class CompactMask:
         by_key = (*_listed(partial.mT), *_listed(tiles.full.mT))
         lengths = (self.query_sample.shape[1], self.key_sample.shape[1])
         return BlockMask(lengths, *by_query, *by_key, (size, size), self.padded(size).mask_mod())
+
+    def block_sparse(self, size: int = 128, query_tiles: int = 1) -> tuple[BlockSparse, BlockSparse]:
+        """The lists of flash-attn-4: by query for its forward pass, by key for its backward.
+
+        Inside partial tiles it asks a `mask_mod` in its own language, for which `lower`, `upper` and `value` are the
+        auxiliary tensors; that function is not made here.
+
+        Args:
+            size: side of a tile.
+            query_tiles: tiles of queries taken together, 2 where its kernels work on two at once (Blackwell).
+        """
+        tiles = self.tiles(size)
+        grouped = [
+            F.pad(one, (0, 0, 0, -one.shape[1] % query_tiles)).unflatten(1, (-1, query_tiles))
+            for one in (tiles.visited, tiles.full)
+        ]
+        visited, full = grouped[0].any(2), grouped[1].all(2)
+        partial, side = visited & ~full, (query_tiles * size, size)
+        by_query = BlockSparse(*_listed(partial), *_listed(full), block_size=side)
+        return by_query, BlockSparse(*_listed(partial.mT), *_listed(full.mT), block_size=side)
+
+
+class BlockSparse(NamedTuple):
+    """Fields of flash-attn-4's `BlockSparseTensorsTorch` under its names, for any number of heads.
+
+    Attributes:
+        mask_block_cnt: int32 [B, 1, Q']: how many tiles of a row have to be masked.
+        mask_block_idx: int32 [B, 1, Q', K']: their numbers first.
+        full_block_cnt, full_block_idx: the same of tiles in which every pair is open.
+        block_size: tokens of a tile of queries and of one of keys.
+    """
+
+    mask_block_cnt: Tensor
+    mask_block_idx: Tensor
+    full_block_cnt: Tensor
+    full_block_idx: Tensor
+    block_size: tuple[int, int]
 
 
 @dataclass(frozen=True)

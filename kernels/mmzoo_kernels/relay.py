@@ -7,22 +7,34 @@ Shape legend: B batch, H query heads, G key/value heads, Q queries, P prefix tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from mmzoo_kernels.softmax import merge_states, softmax_attention
 
+Attention = Callable[[Tensor, Tensor, Tensor, Any, float | None], tuple[Tensor, Tensor]]
+"""As `softmax_attention`: output and log-sum-exp, from query, key, value, a mask of its own kind, and a scale."""
+
 
 def prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any = None,
+    scale: float | None = None,
+    attention: Attention = softmax_attention,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, Q, D] and log-sum-exp [B, H, Q] over keys and values that exist once, [1, G, P, D].
 
-    The queries of the whole batch become one sample's, so that the prefix is read once. `mask` is bool [B, 1, Q, P].
+    The queries of the whole batch become one sample's, so that the prefix is read once. `mask` is bool [B, 1, Q, P], or
+    what `attention` takes for one sample of B Q queries.
     """
     split = (query.shape[0], query.shape[2])
     together = query.transpose(0, 1).flatten(1, 2)[None]  # [1, H, B Q, D]
-    opened = None if mask is None else mask.transpose(0, 1).flatten(1, 2)[None]
-    out, lse = softmax_attention(together, key, value, opened, scale)
+    opened = mask.transpose(0, 1).flatten(1, 2)[None] if isinstance(mask, Tensor) else mask
+    out, lse = attention(together, key, value, opened, scale)
     return out[0].unflatten(1, split).transpose(0, 1), lse[0].unflatten(1, split).transpose(0, 1)
 
 
@@ -30,9 +42,10 @@ def relay_attention(
     query: Tensor,
     prefix: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    mask: Tensor | None = None,
+    mask: Any = None,
     scale: float | None = None,
-    prefix_mask: Tensor | None = None,
+    prefix_mask: Any = None,
+    attention: Attention = softmax_attention,
 ) -> tuple[Tensor, Tensor]:
     """Attention over [prefix, own]: output [B, H, Q, D] and log-sum-exp [B, H, Q].
 
@@ -43,6 +56,7 @@ def relay_attention(
         mask: bool, broadcast to [B, H, Q, U]: what a query may see of its own sample; None is all.
         scale: D ** -0.5 if None.
         prefix_mask: bool [B, 1, Q, P]: what a query may see of the prefix; None is all.
+        attention: what runs on each part; one that takes other masks is given such.
     """
-    shared = prefix_attention(query, *prefix, prefix_mask, scale)
-    return merge_states(*shared, *softmax_attention(query, *own, mask, scale))
+    shared = prefix_attention(query, *prefix, prefix_mask, scale, attention)
+    return merge_states(*shared, *attention(query, *own, mask, scale))

@@ -37,6 +37,53 @@ def softmax_attention(
     return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).to(value.dtype), lse
 
 
+def fast_softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same by the kernels behind `scaled_dot_product_attention`, on a CPU or a CUDA device; forward only.
+
+    No public function of torch gives their log-sum-exps; torch's own context parallelism calls them as is done here.
+
+    Raises:
+        ValueError: another device, or a gradient is wanted, which would lack the log-sum-exp's part.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise ValueError("fast_softmax_attention has no backward pass: call it under torch.no_grad().")
+    if query.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"fast_softmax_attention runs on CPUs and CUDA devices, not on {query.device}.")
+    split, scale = (-1, query.shape[2]), query.shape[-1] ** -0.5 if scale is None else scale
+    # A group's queries as rows, so that no key or value is repeated.
+    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    bias = None if mask is None else _bias(mask.expand(-1, -1, query.shape[2], key.shape[2]), query, key)
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, key, value, attn_mask=bias, scale=scale
+        )
+    else:
+        bias = None if bias is None else bias.expand(-1, key.shape[1], -1, -1)
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+            rows, key, value, bias, compute_log_sumexp=True, scale=scale
+        )[:2]
+        lse = lse[:, :, : rows.shape[2]]  # its rows are padded
+    out, lse = out.unflatten(2, split).flatten(1, 2), lse.unflatten(2, split).flatten(1, 2)
+    if mask is None:
+        return out, lse
+    closed = ~mask.any(-1)
+    return out.masked_fill(closed[..., None], 0), lse.masked_fill(closed, -torch.inf)
+
+
+def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """[B, 1 or G, H / G * Q, K] to be added to the scores of rows, from a mask [1 or B, 1 or H, Q, K]."""
+    batch, heads, groups = *query.shape[:2], key.shape[1]
+    if mask.shape[1] == 1:
+        opened = mask.expand(batch, heads // groups, -1, -1).flatten(1, 2)[:, None]
+    else:
+        opened = mask.expand(batch, -1, -1, -1).unflatten(1, (groups, -1)).flatten(2, 3)
+    # CUDA kernels load it in vectors, so its rows begin at multiples of 16 numbers.
+    room = query.new_empty(*opened.shape[:-1], -(-key.shape[2] // 16) * 16)[..., : key.shape[2]]
+    return room.fill_(-torch.inf).masked_fill_(opened, 0)
+
+
 def merge_states(one: Tensor, one_lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys, from the attention over each: output [..., E], log-sum-exp [...].
 

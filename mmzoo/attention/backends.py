@@ -79,9 +79,17 @@ class Backend:
         """bool [B, Q, K]: what is open in the form of the mask that this backend is handed."""
         return mask.dense()
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-        """[B, H, Q, D] from query [B, H, Q, D], key and value [B, G, K, D]."""
+    def form(self, mask: Mask) -> Any:
+        """The mask as `run` takes it; made once for all layers."""
         raise NotImplementedError
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, form: Any, scale: float, rule: str = "any") -> Tensor:
+        """[B, H, Q, D] from query [B, H, Q, D], key and value [B, G, K, D]; `rule` is named in errors."""
+        raise NotImplementedError
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        """The same from a mask in any form."""
+        return self.run(query, key, value, self.form(mask), scale, mask.rule.name)
 
 
 class Eager(Backend):
@@ -89,8 +97,11 @@ class Eager(Backend):
 
     name = "eager"
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-        return eager_attention(query, key, value, mask.dense(), scale)[0]
+    def form(self, mask: Mask) -> Tensor:
+        return mask.dense()
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, form: Tensor, scale: float, rule: str = "any") -> Tensor:
+        return eager_attention(query, key, value, form, scale)[0]
 
 
 class SDPA(Backend):
@@ -98,8 +109,11 @@ class SDPA(Backend):
 
     name = "sdpa"
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-        grouped, dense = query.shape[1] != key.shape[1], mask.dense()[:, None]
+    def form(self, mask: Mask) -> Tensor:
+        return mask.dense()
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, form: Tensor, scale: float, rule: str = "any") -> Tensor:
+        grouped, dense = query.shape[1] != key.shape[1], form[:, None]
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=dense, scale=scale, enable_gqa=grouped)
         # On a GPU some of its kernels give a query without an open key a mean of values.
         return output.masked_fill(~dense.any(-1, keepdim=True), 0)
@@ -122,8 +136,13 @@ class Flex(Backend):
             return f"FlexAttention takes head dims from 16 on, not {head_dim}"
         return None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-        return flex(query, key, value, mask.blocks(), scale)
+    def form(self, mask: Mask) -> BlockMask:
+        return mask.blocks()
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, form: BlockMask, scale: float, rule: str = "any"
+    ) -> Tensor:
+        return flex(query, key, value, form, scale)
 
     def pairs(self, mask: Mask) -> Tensor:
         from torch.nn.attention.flex_attention import create_mask
@@ -158,17 +177,16 @@ class Flash(Backend):
             return f"flash attention takes head dims that are multiples of 8 up to 256, not {head_dim}"
         return None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-        return self.run(query, key, value, mask.calls(), scale, mask.rule.name)
+    def form(self, mask: Mask) -> tuple[varlen.Call, ...]:
+        return mask.calls()
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, calls: tuple[varlen.Call, ...], scale: float, rule: str = "any"
+        self, query: Tensor, key: Tensor, value: Tensor, form: tuple[varlen.Call, ...], scale: float, rule: str = "any"
     ) -> Tensor:
-        """[B, H, Q, D] from calls made beforehand, once for all layers."""
         if query.dtype not in self.DTYPES:
             reason = f"flash attention takes float16 and bfloat16, not {query.dtype}"
             raise UnsupportedMask(self.name, rule, reason, WORKING)
-        return varlen.attend_by_calls(query, key, value, calls, scale, self.kernel)
+        return varlen.attend_by_calls(query, key, value, form, scale, self.kernel)
 
     def pairs(self, mask: Mask) -> Tensor:
         return varlen.opened(mask.calls(), mask.dense().shape)
@@ -188,17 +206,17 @@ class Fused(Backend):
             return f"its kernels take head dims up to {flash.LARGEST_HEAD_DIM}, not {head_dim}"
         return None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-        return self.run(query, key, value, mask.fused(), scale, mask.rule.name)
+    def form(self, mask: Mask) -> flash.FlashMask:
+        return mask.fused()
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: flash.FlashMask, scale: float, rule: str = "any"
+        self, query: Tensor, key: Tensor, value: Tensor, form: flash.FlashMask, scale: float, rule: str = "any"
     ) -> Tensor:
-        """[B, H, Q, D] under a mask made beforehand, once for all layers; branches are added."""
+        """As everywhere; of several branches, the sum."""
         if query.dtype not in flash.DTYPES:
             reason = f"its kernels take float16, bfloat16 and float32, not {query.dtype}"
             raise UnsupportedMask(self.name, rule, reason, WORKING)
-        return flash.masked_attention(query, key, value, mask, scale)[0]
+        return flash.masked_attention(query, key, value, form, scale)[0]
 
     def pairs(self, mask: Mask) -> Tensor:
         return mask.fused().opened()[0]
@@ -213,7 +231,7 @@ class Refusing(Backend):
     def refuses(self, rule: Rule, device: torch.device, head_dim: int | None = None) -> str | None:
         return self.reason
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+    def form(self, mask: Mask) -> Any:
         raise UnsupportedMask(self.name, mask.rule.name, self.reason, WORKING)
 
 
@@ -268,9 +286,12 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, fullgraph=True, dynamic=True)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None) -> Tensor:
-    """[B, H, Q, D] by compiled FlexAttention under a block mask; a query without an open key gives 0."""
-    options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None, **more: Any) -> Any:
+    """[B, H, Q, D] by compiled FlexAttention under a block mask; a query without an open key gives 0.
+
+    `more` goes to torch's function: `return_aux` adds what it asks for.
+    """
+    options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1], **more}
     if torch.compiler.is_compiling():  # a part of the caller's graph
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -278,6 +299,16 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: floa
     # Each number of terms, dtype and gradient mode is a graph of its own; past the limit torch would go on unfused.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         return _compiled_flex()(query, key, value, **options)
+
+
+def flex_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same, and log-sum-exps [B, H, Q]."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    out, told = flex(query, key, value, mask, scale, return_aux=AuxRequest(lse=True))
+    return out, told.lse
 
 
 def attend(

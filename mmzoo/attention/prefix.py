@@ -1,7 +1,6 @@
 """A beginning that many questions share: its keys and values exist once, whatever the batch.
 
     prefix = PrefixCache(cache)          # of one pass over the beginning alone, a batch of one
-    model.set_attention("eager")
     model.generate(ids, layout, past_key_values=prefix.fresh())
 
 The questions' padding stands after the beginning, see `batch_after`. Under a rule whose beginning
@@ -13,6 +12,7 @@ Shape legend: B batch, H query heads, G key/value heads, Q queries, P prefix tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mmzoo.errors import InputError
+from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.layout import TokenLayout, batch
-from mmzoo_kernels.relay import relay_attention
+from mmzoo_kernels.masks import CompactMask
+from mmzoo_kernels.relay import Attention, relay_attention
 
 
 class _PrefixLayer(DynamicLayer):
@@ -61,13 +62,49 @@ class PrefixCache(Cache):
         """The same prefix, and nothing after it: for the next batch of questions."""
         return PrefixCache(self)
 
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.layers[0].prefix[0].shape[2]
+
+    def split(self, mask: CompactMask, rule: str) -> tuple[CompactMask, CompactMask]:
+        """Masks over the prefix, of one sample of all B Q queries, and over the later tokens, of a mask [B, Q, P + U].
+
+        Raises:
+            UnsupportedMask: the prefix's tokens mean other things to one question than to another.
+        """
+        prefix = mask.columns(slice(self.length))
+        if bool((prefix.value != prefix.value[:1]).any() | (prefix.key_sample != prefix.key_sample[:1]).any()):
+            reason = "the questions make the tokens before them differ"
+            raise UnsupportedMask("a shared prefix", rule, reason)
+        queries = (x.flatten(0, 1)[None] for x in (prefix.query_sample, prefix.lower, prefix.upper))
+        sample, lower, upper = queries
+        once = CompactMask(sample, prefix.key_sample[:1], lower, upper, prefix.value[:1])
+        return once, mask.columns(slice(self.length, None))
+
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | SharedMask,
+        attention: Attention,
+        scale: float | None = None,
     ) -> Tensor:
-        """[B, H, Q, D] over the prefix and the later tokens; `mask` is bool [B, 1, Q, P + U]."""
+        """[B, H, Q, D] over the prefix and the later tokens; `mask` is bool [B, 1, Q, P + U] if not two masks."""
         prefix = self.layers[layer].prefix
-        prefix_mask, own_mask = mask.tensor_split([prefix[0].shape[2]], -1)
-        return relay_attention(query, prefix, (key, value), own_mask, scale, prefix_mask)[0]
+        if isinstance(mask, Tensor):
+            mask = SharedMask(*mask.tensor_split([self.length], -1))
+        return relay_attention(query, prefix, (key, value), mask.own, scale, mask.prefix, attention)[0]
+
+
+@dataclass(frozen=True)
+class SharedMask:
+    """What a backend is handed for many queries after a shared prefix: its masks of what `PrefixCache.split` gives."""
+
+    prefix: Any
+    own: Any
 
 
 def batch_after(layouts: Sequence[TokenLayout], prefix: int) -> TokenLayout:

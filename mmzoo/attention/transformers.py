@@ -19,16 +19,27 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mmzoo.attention.backends import BACKENDS, WORKING, Flash, Fused, backend, eager_attention, flex
+from mmzoo.attention.backends import (
+    BACKENDS,
+    WORKING,
+    Flash,
+    Fused,
+    backend,
+    eager_attention,
+    flex,
+    flex_with_lse,
+)
 from mmzoo.attention.compiler import Rules, allowed, compact
-from mmzoo.attention.prefix import PrefixCache
+from mmzoo.attention.prefix import PrefixCache, SharedMask
 from mmzoo.attention.varlen import Call, calls
 from mmzoo.errors import UnsupportedMask
 from mmzoo.layout import TokenLayout
 from mmzoo.masks.basic import sliding_window
 from mmzoo.masks.rule import Rule, after, everything, see
-from mmzoo_kernels.flash import FlashMask, flash_mask
+from mmzoo_kernels.flash import FlashMask, flash_mask, masked_attention
 from mmzoo_kernels.masks import CompactMask
+from mmzoo_kernels.relay import Attention as SplitAttention
+from mmzoo_kernels.softmax import fast_softmax_attention, softmax_attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -51,6 +62,14 @@ PAIR_IMPLEMENTATIONS = {
     for name in IMPLEMENTATIONS
 }
 """The same for a pair of rules."""
+
+SHARED_IMPLEMENTATIONS = {
+    "eager": "mmzoo_eager_shared",
+    "sdpa": "mmzoo_sdpa_shared",
+    "flex_attention": "mmzoo_flex_shared",
+    "mmzoo_flash": "mmzoo_fused_shared",
+}
+"""The same for one rule after a shared prefix, of the backends that give a log-sum-exp."""
 
 FUSED = ("flex_attention", *FLASH, *OWN)
 
@@ -86,15 +105,9 @@ def _mmzoo_eager(
     attention_mask: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
-    shared_prefix: PrefixCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     _refuse_more_than_a_mask("eager", kwargs)
-    if shared_prefix is not None:
-        _refuse_dropout("a shared prefix", module, dropout)
-        layer: Any = module.layer_idx
-        output = shared_prefix.attend(layer, query, key, value, attention_mask, scaling)
-        return output.transpose(1, 2).contiguous(), None
     output, weights = eager_attention(query, key, value, attention_mask, scaling, dropout if module.training else 0.0)
     return output.transpose(1, 2).contiguous(), weights
 
@@ -159,6 +172,41 @@ def _mmzoo_fused(
     _refuse_dropout("mmzoo_flash", module, dropout)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return Fused().run(query, key, value, fused_mask, scale).transpose(1, 2).contiguous(), None
+
+
+def _shared_function(few_queries: SplitAttention, many_queries: SplitAttention) -> Attention:
+    """Attention after a shared prefix: under dense masks, or under those that were made for `many_queries`."""
+
+    def mmzoo_shared(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        *,
+        shared_prefix: PrefixCache,
+        shared_mask: SharedMask | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        _refuse_more_than_a_mask("a shared prefix", kwargs)
+        _refuse_dropout("a shared prefix", module, dropout)
+        layer: Any = module.layer_idx
+        mask = attention_mask if shared_mask is None else shared_mask
+        assert mask is not None
+        run = few_queries if shared_mask is None else many_queries
+        output = shared_prefix.attend(layer, query, key, value, mask, run, scaling)
+        return output.transpose(1, 2).contiguous(), None
+
+    return mmzoo_shared
+
+
+def _fused_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: FlashMask, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    out, lse = masked_attention(query, key, value, mask, scale)
+    return out, lse[0]
 
 
 def _refuse_more_than_a_mask(name: str, kwargs: dict[str, Any]) -> None:
@@ -261,6 +309,15 @@ _FUNCTIONS: dict[str, tuple[Attention, Callable[..., Tensor | None]]] = {
 for name, (function, mask_function) in _FUNCTIONS.items():
     AttentionInterface.register(IMPLEMENTATIONS[name], function)
     AttentionMaskInterface.register(IMPLEMENTATIONS[name], mask_function)
+_SHARED_FUNCTIONS: dict[str, tuple[SplitAttention, SplitAttention]] = {
+    "eager": (softmax_attention, softmax_attention),
+    "sdpa": (fast_softmax_attention, fast_softmax_attention),
+    "flex_attention": (fast_softmax_attention, flex_with_lse),
+    "mmzoo_flash": (fast_softmax_attention, _fused_with_lse),
+}
+for name, known_as in SHARED_IMPLEMENTATIONS.items():
+    AttentionInterface.register(known_as, _shared_function(*_SHARED_FUNCTIONS[name]))
+    AttentionMaskInterface.register(known_as, _explicit_mask)
 for name, known_as in PAIR_IMPLEMENTATIONS.items():
     single = sdpa_attention_forward if name == "sdpa" else _FUNCTIONS[name][0]
     AttentionInterface.register(known_as, _two_softmaxes(single))
@@ -280,6 +337,8 @@ def passed_on(mask: Any) -> dict[str, Any]:
         return {"attention_mask": None, "branches": tuple(passed_on(branch) for branch in mask.branches)}
     if isinstance(mask, FlashMask):
         return {"attention_mask": None, "fused_mask": mask}
+    if isinstance(mask, SharedMask):
+        return {"attention_mask": None, "shared_mask": mask}
     if isinstance(mask, tuple):
         return {"attention_mask": None, "flash_calls": mask}
     return {"attention_mask": mask}
@@ -314,7 +373,7 @@ def _recent(window: int) -> Rule:
 
 def backbone_mask(
     rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
-) -> Tensor | BlockMask | FlashMask | tuple[Call, ...] | Pair | dict[str, Tensor]:
+) -> Tensor | BlockMask | FlashMask | SharedMask | tuple[Call, ...] | Pair | dict[str, Tensor]:
     """`mask_for` in the form a backbone takes: a dict where its config names layer types (Qwen2, Qwen3, Gemma ...).
 
     A sliding layer keeps its window on top of the rule; in Phi-3, which names no layer types, every layer is one.
@@ -348,7 +407,7 @@ def backbone_mask(
 
 def _fused_mask(
     attention: str, rule: Rules, layout: TokenLayout, num_queries: int, cache: Cache | None, config: Any
-) -> BlockMask | FlashMask | tuple[Call, ...] | Pair:
+) -> BlockMask | FlashMask | SharedMask | tuple[Call, ...] | Pair:
     if isinstance(rule, tuple) and attention in OWN:
         for branch in rule:
             _refuse_partial(attention, branch, layout, num_queries, cache, config)
@@ -358,9 +417,12 @@ def _fused_mask(
         return Pair((one, other))
     _refuse_partial(attention, rule, layout, num_queries, cache, config)
     last_rows = _last_rows(rule, layout, num_queries)
-    if attention in OWN:
-        return flash_mask(last_rows)
-    return calls(last_rows, rule.name) if attention in FLASH else last_rows.block_mask()
+    if attention in FLASH:
+        return calls(last_rows, rule.name)
+    made: Callable[[CompactMask], Any] = flash_mask if attention in OWN else CompactMask.block_mask
+    if isinstance(cache, PrefixCache):
+        return SharedMask(*map(made, cache.split(last_rows, rule.name)))
+    return made(last_rows)
 
 
 def _last_rows(rule: Rule, layout: TokenLayout, num_queries: int) -> CompactMask:
