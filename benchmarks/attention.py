@@ -60,7 +60,7 @@ class Sizes:
     heads: int = 16
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
-    lengths: tuple[int, ...] = (1024, 4096, 6784, 16384, 25600)
+    lengths: tuple[int, ...] = (1024, 4096, 6784, 8192, 16384, 25600, 32768)
     side: int = 12
     rounds: int = 10
     questions: int = 8
