@@ -85,6 +85,25 @@ def test_batches_are_a_function_of_their_number() -> None:
 # The loss.
 
 
+def test_later_batches_are_learned_behind_the_models_own_frames() -> None:
+    """Every second batch is longer, by what the model makes; what it shall say stays the clip's own last chunk."""
+    module = VideoDiffusion("vid-gpt-tiny")
+    chunk, window = module.model.config.chunk_frames, module.model.config.window
+    data = ClipData(size=8, batch_size=2, chunk_frames=chunk, prompt_frames=(window, 1), rolled_from=4, rolled_chunks=2)
+    batches = [ClipBatches(data, "train").batch(number) for number in range(20)]
+    rolled = [batch["rolled"] for batch in batches]
+    assert not any(rolled[:4] + rolled[5::2]) and set(rolled[4::2]) == {1, 2}
+    assert ClipBatches(data, "val").batch(4)["rolled"] == 0
+    for batch, number in zip(batches, rolled, strict=True):
+        assert batch["frames"].shape[1] == batch["num_prompt_frames"] + (number + 1) * chunk
+        assert number == 0 or batch["num_prompt_frames"] == window
+    frames = torch.randint(256, (2, window + 3 * chunk, 8, 8, 3), dtype=torch.uint8)
+    made = module.own(frames, window)
+    assert made.shape[1] == window + chunk and module.model.training
+    assert torch.equal(made[:, window:], frames[:, -chunk:])
+    assert not torch.equal(made[:, :window], frames[:, -chunk - window : -chunk])
+
+
 def loss_of(model: ViDGPT, clean: Tensor, noise: Tensor, t: int, **options: Any) -> tuple[Tensor, Tensor]:
     chain = Chain(model.build_scheduler())
     return losses(model, chain, clean, 2, torch.full((len(clean),), t), noise, **options)
@@ -147,7 +166,7 @@ def test_noisy_frames_never_have_the_timestep_of_clean_ones(late: float) -> None
 def fit(folder: Path, steps: int, trace: Path, resume: Path | None = None) -> lightning.Trainer:
     lightning.seed_everything(0)
     module = VideoDiffusion("vid-gpt-nano", {**SMALL, "chunk_frames": 3, "window": 4, "max_frames": 7}, lr=1e-3)
-    data = ClipData(size=8, batch_size=2, chunk_frames=3, prompt_frames=(1, 4), validation_batches=2)
+    data = ClipData(size=8, batch_size=2, chunk_frames=3, prompt_frames=(1, 4), validation_batches=2, rolled_from=1)
     saving = lightning.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)
     trainer = lightning.Trainer(
         max_steps=steps,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import lightning
@@ -24,6 +25,7 @@ from mmzoo.errors import InputError
 from mmzoo.models.vid_gpt import CONFIGS, ViDGPT, progressive
 from mmzoo.world import make_bouncing_clip
 from mmzoo_training.finetune import check_fits
+from mmzoo_training.rollouts import continued
 
 
 class Chain:
@@ -149,15 +151,18 @@ class ClipBatches(IterableDataset):
             yield self.batch(self.batches - 1)
 
     def batch(self, number: int) -> dict[str, Any]:
-        """The clips of one batch, all as long: its clean frames and one chunk."""
+        """The clips of one batch, all as long: its clean frames, those that the model shall make, and one chunk."""
         data = self.data
-        clean = data.prompt_frames[number % len(data.prompt_frames)]
+        rolled = data.rolled(number) if self.split == "train" else 0
+        # After one frame the model may choose a direction, and would be told that of another clip.
+        clean = max(data.prompt_frames) if rolled else data.prompt_frames[number % len(data.prompt_frames)]
+        length = clean + (rolled + 1) * data.chunk_frames
         seeds = range(data.first_seed + number * data.batch_size, data.first_seed + (number + 1) * data.batch_size)
         clips = [
-            make_bouncing_clip(seed, split=self.split, size=data.size, num_frames=clean + data.chunk_frames).frames  # type: ignore[arg-type]
+            make_bouncing_clip(seed, split=self.split, size=data.size, num_frames=length).frames  # type: ignore[arg-type]
             for seed in seeds
         ]
-        return {"frames": torch.from_numpy(np.stack(clips)), "num_prompt_frames": clean}
+        return {"frames": torch.from_numpy(np.stack(clips)), "num_prompt_frames": clean, "rolled": rolled}
 
     def state_dict(self) -> dict[str, int]:
         return {"batches": self.batches}
@@ -176,6 +181,8 @@ class ClipData(lightning.LightningDataModule):
         prompt_frames: clean ones; each batch takes the next of these numbers in turn, 1 or 1 and whole chunks.
         first_seed: of the clips.
         validation_batches: of the fixed set.
+        rolled_from: number of the batch from which on, in every second one, the clean frames are the model's own.
+        rolled_chunks: the most chunks that it makes for that.
     """
 
     def __init__(
@@ -186,11 +193,20 @@ class ClipData(lightning.LightningDataModule):
         prompt_frames: Sequence[int] = (5, 5, 1),
         first_seed: int = 0,
         validation_batches: int = 8,
+        rolled_from: int | None = None,
+        rolled_chunks: int = 6,
     ):
         super().__init__()
         self.size, self.batch_size, self.chunk_frames = size, batch_size, chunk_frames
         self.prompt_frames, self.first_seed = tuple(prompt_frames), first_seed
         self.validation_batches = validation_batches
+        self.rolled_from, self.rolled_chunks = rolled_from, rolled_chunks
+
+    def rolled(self, number: int) -> int:
+        """How many chunks the model makes by itself before what it learns from batch `number`."""
+        if self.rolled_from is None or number < self.rolled_from or number % 2:
+            return 0
+        return Random(number).randint(1, self.rolled_chunks)
 
     def train_dataloader(self) -> ClipBatches:
         return ClipBatches(self, "train")
@@ -210,6 +226,7 @@ class VideoDiffusion(lightning.LightningModule):
         perturb: highest timestep of the noise on clean frames; each clip draws its own, up to this.
         begin_drop: how often the first frame is hidden behind the "begin of video" frame.
         weight_decay: of AdamW.
+        rolled_steps: denoising steps of the frames that it makes for itself (`ClipData`'s `rolled_from`).
     """
 
     def __init__(
@@ -221,6 +238,7 @@ class VideoDiffusion(lightning.LightningModule):
         perturb: int = 100,
         begin_drop: float = 0.1,
         weight_decay: float = 0.0,
+        rolled_steps: int = 4,
     ):
         super().__init__()
         self.model = ViDGPT.build({**CONFIGS[name], **(config or {})}, torch.float32)
@@ -228,11 +246,27 @@ class VideoDiffusion(lightning.LightningModule):
         self.chain = Chain(self.model.build_scheduler())
         self.lr, self.warmup, self.perturb = lr, warmup, perturb
         self.begin_drop, self.weight_decay = begin_drop, weight_decay
+        self.rolled_steps = rolled_steps
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """The mean loss of a batch, with its noise, timesteps, hidden first frames and cyclic start drawn anew."""
-        clean = batch["frames"].permute(0, 4, 1, 2, 3).to(self.device, torch.float32) / 127.5 - 1
-        return drawn_loss(self.model, self.chain, clean, batch["num_prompt_frames"], self.perturb, self.begin_drop)
+        frames, given = batch["frames"], batch["num_prompt_frames"]
+        if batch["rolled"]:
+            frames, given = self.own(frames, given), self.model.config.window
+        clean = frames.permute(0, 4, 1, 2, 3).to(self.device, torch.float32) / 127.5 - 1
+        return drawn_loss(self.model, self.chain, clean, given, self.perturb, self.begin_drop)
+
+    def own(self, frames: Tensor, given: int) -> Tensor:
+        """The last chunk of frames uint8 [B, F, H, W, 3] behind a window of the model's own, made from the given ones.
+
+        Such frames, with their mistakes, are what generation has before it; of true ones alone the model learns to
+        trust what it sees, and a small mistake grows.
+        """
+        config, seed = self.model.config, int(torch.randint(2**31, ()))
+        until = frames.shape[1] - config.chunk_frames
+        made = continued(self.model.eval(), frames[:, :given], until, seed=seed, num_steps=self.rolled_steps)
+        self.model.train()
+        return torch.cat([made[:, -config.window :].to(frames), frames[:, until:]], 1)
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         loss = self.loss(batch)
