@@ -38,6 +38,9 @@ training one batch in ten was silent and one in ten dark, so it knows both cases
 
 {table}
 
+For *together*, the sound alone tells more than chance does: a tone with nothing to see often comes late, when no object
+appears any more.
+
 The same recipe under other seeds; the mean over the kinds of question that need both streams:
 
 {seeds}

@@ -41,7 +41,7 @@ register(Entry("tc-llava-nano", **_TC, summary="TC-LLaVA's classes at 0.3 M para
 _VIDGPT = {"family": "vid_gpt", "task": "text-to-video", "rule": "causal-temporal", "scheme": "cyclic", "library": "diffusers", "paper": "arXiv:2406.10981"}  # fmt: skip  # noqa: E501
 register(Entry("vid-gpt-xl", **_VIDGPT, summary="STDiT-XL/2 under causal temporal attention, a window of 25 frames; no weights were released"))  # fmt: skip  # noqa: E501
 register(Entry("vid-gpt-tiny", **_VIDGPT, summary="ViD-GPT's classes at test size, random weights"))
-register(Entry("vid-gpt-nano", **_VIDGPT, summary="ViD-GPT's classes at 0.4 M parameters, trained on the pixels of synthetic clips", weights="package:vid-gpt-nano", license="apache-2.0", sha256={"diffusion_pytorch_model.safetensors": "801abbf92a6925ef0dc2d698be9cb8c3a0459ad61251d80a4112a918f5bab3f2"}))  # fmt: skip  # noqa: E501
+register(Entry("vid-gpt-nano", **_VIDGPT, summary="ViD-GPT's classes at 0.4 M parameters, trained on the pixels of synthetic clips", weights="package:vid-gpt-nano", license="apache-2.0", sha256={"diffusion_pytorch_model.safetensors": "e5ba986fd8172a1d33081c68ab0c68b814cb8e436086ee8272a426a673ba042b"}))  # fmt: skip  # noqa: E501
 
 register(Entry("visualchat-7b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 7B"))
 register(Entry("visualchat-13b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 13B"))
@@ -70,4 +70,4 @@ register(Entry("favor-13b", **_FAVOR, summary="InstructBLIP's ViT-g and Q-Former
 register(Entry("video-salmonn-13b", **_SALMONN, summary="as FAVOR, with a second audio stream and a multi-resolution causal Q-Former"))  # fmt: skip  # noqa: E501
 register(Entry("favor-tiny", **_FAVOR, summary="FAVOR's classes at test size, random weights"))
 register(Entry("video-salmonn-tiny", **_SALMONN, summary="video-SALMONN's classes at test size, random weights"))
-register(Entry("favor-nano", **_FAVOR, summary="FAVOR's classes at 0.4 M parameters, trained in the synthetic world with sound", weights="package:favor-nano", license="apache-2.0", sha256={"model.safetensors": "2780e658644e5030472449f24703f225316f572677cf5953cf32a92dc25b7cbc"}))  # fmt: skip  # noqa: E501
+register(Entry("favor-nano", **_FAVOR, summary="FAVOR's classes at 0.4 M parameters, trained in the synthetic world with sound", weights="package:favor-nano", license="apache-2.0", sha256={"model.safetensors": "74f88386569a4b84226fbd0af456b843ac43d7a7e2827aef22b5487bac78aa1d"}))  # fmt: skip  # noqa: E501

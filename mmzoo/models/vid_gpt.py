@@ -943,7 +943,8 @@ _NANO = {
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
     },
-    "num_steps": 8,
+    "num_steps": 16,
+    "prefix_perturb": 50,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "vid-gpt-xl": {

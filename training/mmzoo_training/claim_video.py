@@ -33,7 +33,7 @@ RULES = {"bidirectional": "bidirectional", "causal": "causal-temporal"}
 
 def small_model(variant: str) -> ViDGPT:
     """vid-gpt-nano, or its bidirectional twin."""
-    fields = {**CONFIGS["vid-gpt-nano"], "rule": RULES[variant]}
+    fields = {**CONFIGS["vid-gpt-nano"], "rule": RULES[variant], "num_steps": 8}
     model = ViDGPT(**fields)
     open_gates(model)
     return model
