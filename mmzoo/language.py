@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmzoo import masks, positions
 from mmzoo.asking import Asking
+from mmzoo.attention.backends import backend
 from mmzoo.attention.compiler import looks_ahead
 from mmzoo.attention.prefix import PrefixCache, SharedMask
 from mmzoo.attention.transformers import (
@@ -91,8 +92,6 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     media_inputs: tuple[str, ...] = ("pixel_values",)
     """What of a batch holds its media: the arguments of `encode_media` after the layout."""
-    connector_rule: masks.Rule | None = None
-    """The mask inside the connector, where it has one."""
     _supports_sdpa = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
@@ -273,8 +272,18 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> PreTrainedModel:
         return self.language_model.get_decoder()
 
+    @property
+    def masked_connector(self) -> Any:
+        """The connector that attends under a `rule` of its own, on the backend `attention`; None where none does."""
+        return None
+
+    @property
+    def connector_rule(self) -> masks.Rule | None:
+        """The mask inside the connector, where it has one."""
+        return None if self.masked_connector is None else self.masked_connector.rule
+
     def set_attention(self, attention: str) -> None:
-        """Choose the backend by its name in `mmzoo.attention.BACKENDS`.
+        """Choose the backend by its name in `mmzoo.attention.BACKENDS`, for a connector with a mask, too.
 
         Raises:
             UnsupportedMask: the backend cannot express this model's rule, or has no kernel for its heads.
@@ -282,7 +291,11 @@ class MultimodalLM(Asking, Decoding, PreTrainedModel, GenerationMixin):
         """
         text = self.language_model.config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if self.masked_connector is not None:  # refused before anything is changed
+            backend(attention, self.masked_connector.rule, device=self.device)
         self.language_model.set_attn_implementation(implementation(attention, self.rule, self.device, head_dim))
+        if self.masked_connector is not None:
+            self.masked_connector.attention = attention
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
         """transformers' name for `set_attention`; a backend that would drop the mask is refused."""

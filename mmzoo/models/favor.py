@@ -37,8 +37,6 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from mmzoo import masks
-from mmzoo.attention.backends import backend
 from mmzoo.connectors.causal_qformer import AudioVisualQFormer, synchronise
 from mmzoo.encoders.audio import SecondAudioEncoder, build_audio_encoder, log_mel
 from mmzoo.errors import CheckpointError, InputError
@@ -164,14 +162,8 @@ class FAVOR(MultimodalLM):
         self._second_audio_encoder = (encoder,)  # a tuple hides it from the state dict
 
     @property
-    def connector_rule(self) -> masks.Rule:
-        return self.connector.rule
-
-    def set_attention(self, attention: str) -> None:
-        """As every model's; the connector runs on the same backend."""
-        backend(attention, self.connector.rule, device=self.device)
-        super().set_attention(attention)
-        self.connector.attention = attention
+    def masked_connector(self) -> nn.Module:
+        return self.connector
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
         """[N, P + 1, width]: InstructBLIP's features, the class token first."""

@@ -30,8 +30,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from mmzoo import hub, masks
-from mmzoo.attention.backends import backend
+from mmzoo import hub
 from mmzoo.connectors.ccam import CCAMProjector
 from mmzoo.encoders.vision import as_vision_config, build_vision_encoder, cut_at_layer, patch_features
 from mmzoo.errors import CheckpointError, InputError, MissingExtra
@@ -95,14 +94,8 @@ class VideoCCAM(MultimodalLM):
         return self.llm
 
     @property
-    def connector_rule(self) -> masks.Rule:
-        return self.projector.rule
-
-    def set_attention(self, attention: str) -> None:
-        """As every model's; the projector runs on the same backend."""
-        backend(attention, self.projector.rule, device=self.device)
-        super().set_attention(attention)
-        self.projector.attention = attention
+    def masked_connector(self) -> nn.Module:
+        return self.projector
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
         """[N, P, C] of frames [N, 3, H, W], `vision_chunk_size` of them at a time."""
