@@ -64,7 +64,10 @@ VOCABULARY = tuple(
 )
 """Every word of every question and answer."""
 
-_BEATS = 8  # Things appear and disappear on an eighth of the clip, so that 8 frames catch every event.
+BEATS = 8
+"""Things appear and disappear on an eighth of the clip, so that 8 frames catch every event."""
+CONTACTS = (0.35, 0.65)
+"""Between which moments, from 0 to 1, objects run into each other."""
 
 
 @dataclass(frozen=True)
@@ -316,12 +319,12 @@ def _appearances(rng: Random, looks: list[tuple[str, str]]) -> tuple[Object, ...
     number, radius = len(looks), rng.uniform(0.10, 0.125)
     beats = rng.choice((3, 4))
     # All sets of different starts are equally likely, so the law is the same for the reversed clip.
-    starts = sorted(rng.sample(range(_BEATS - beats + 1), number))
+    starts = sorted(rng.sample(range(BEATS - beats + 1), number))
     rng.shuffle(starts)
     while True:
         objects = []
         for (colour, shape), start in zip(looks, starts):
-            appear, disappear = start / _BEATS, (start + beats) / _BEATS
+            appear, disappear = start / BEATS, (start + beats) / BEATS
             way, travel = rng.choice(tuple(DIRECTIONS.values())), rng.uniform(0.3, 0.45)
             x, y = (rng.uniform(radius + max(0, -d * travel), 1 - radius - max(0, d * travel)) for d in way)
             path = ((appear, x, y), (disappear, x + way[0] * travel, y + way[1] * travel))
@@ -332,7 +335,7 @@ def _appearances(rng: Random, looks: list[tuple[str, str]]) -> tuple[Object, ...
 
 def _apart(objects: list[Object]) -> bool:
     """Whether objects that are seen together never come closer than the corners of two squares need."""
-    times = (np.arange(2 * _BEATS) + 0.5) / (2 * _BEATS)
+    times = (np.arange(2 * BEATS) + 0.5) / (2 * BEATS)
     for i, one in enumerate(objects):
         for other in objects[:i]:
             together = times[(times > max(one.appear, other.appear)) & (times < min(one.disappear, other.disappear))]
@@ -345,7 +348,7 @@ def _apart(objects: list[Object]) -> bool:
 def _collision(rng: Random, looks: list[tuple[str, str]]) -> tuple[Object, ...]:
     """One object runs into another, which moves on; a third one is on their line and, half of the time, leaves or
     comes to it sideways, so that who moves first is not yet who hits."""
-    radius, moment = rng.uniform(0.09, 0.10), rng.uniform(0.35, 0.65)
+    radius, moment = rng.uniform(0.09, 0.10), rng.uniform(*CONTACTS)
     spare = rng.uniform(0.01, 0.05)
     travel = 1 - 6 * radius - 3 * spare
     # Along the line: the first one goes from start to contact, the second one from beside contact to end, and the

@@ -16,7 +16,7 @@ from random import Random
 
 import numpy as np
 
-from mmzoo.world import COLOURS, VOCABULARY, Clip, Object, Question, Split, make_clip
+from mmzoo.world import BEATS, COLOURS, CONTACTS, VOCABULARY, Clip, Object, Question, Split, make_clip
 
 SAMPLE_RATE = 16000
 SECONDS = 4.0
@@ -98,7 +98,7 @@ def make_sound_clip(seed: int, *, split: Split = "train", size: int = 32, num_fr
     clip = make_clip(seed, split=split, size=size, num_frames=num_frames)
     rng = Random(f"mmzoo.world_sound/{split}/{seed}")
     sounds = tuple(sorted((_tones if clip.kind == "appear" else _click)(rng, clip), key=lambda sound: sound.time))
-    return SoundClip(clip, sounds, tuple(_questions(clip, sounds)), _synthesised(rng, sounds))
+    return SoundClip(clip, sounds, tuple(_questions(rng, clip, sounds)), _synthesised(rng, sounds))
 
 
 def write_sound_clip(clip: SoundClip, path: str | Path, *, size: int = 128, silent: bool = False) -> None:
@@ -130,9 +130,11 @@ def _tones(rng: Random, clip: Clip) -> list[Sound]:
     taken = {sound.name for sound in sounds}
     left = [pitch for pitch in TONES if pitch not in taken]
     if not silent and left and rng.random() < 0.6:
-        free = [i / 8 for i in range(8) if all(abs(i / 8 - thing.appear) > 0.13 for thing in objects)]
-        if free:
-            sounds.append(Sound(rng.choice(left), rng.choice(free), "", False))
+        # Drawn as the moments of the objects are, or the tone's own would tell.
+        moments = {thing.appear for thing in objects}
+        last = BEATS - round(BEATS * (objects[0].disappear - objects[0].appear))
+        free = [i / BEATS for i in range(last + 1) if i / BEATS not in moments]
+        sounds.append(Sound(rng.choice(left), rng.choice(free), "", False))
     return sounds
 
 
@@ -143,13 +145,14 @@ def _click(rng: Random, clip: Clip) -> list[Sound]:
     if chance < 0.45:
         return [Sound("click", moment, "", True)]
     if chance < 0.9:
-        # At the times at which collisions happen, or the click alone would tell.
-        away = [time for time in (0.35 + 0.02 * i for i in range(16)) if abs(time - moment) > 0.14]
-        return [Sound("click", rng.choice(away), "", False)]
+        # Half of their range away: false clicks come when collisions happen, as often at each moment as they do.
+        first, last = CONTACTS
+        away = first + (moment - first + (last - first) / 2) % (last - first)
+        return [Sound("click", away, "", False)]
     return []
 
 
-def _questions(clip: Clip, sounds: tuple[Sound, ...]) -> list[Question]:
+def _questions(rng: Random, clip: Clip, sounds: tuple[Sound, ...]) -> list[Question]:
     if clip.kind == "collision":
         heard = [_ask("contact", "yes" if sound.true else "no") for sound in sounds]
         return [_ask("sounds", SOUND_NUMBERS[len(sounds)]), *heard]
@@ -160,7 +163,7 @@ def _questions(clip: Clip, sounds: tuple[Sound, ...]) -> list[Question]:
         asked.append(_ask("first", objects[0].colour))
         asked += [_ask("colour of sound", sound.source, sound.name) for sound in sounds if sound.true]
     asked += [_ask("sound of colour", _sound_of(thing, sounds), thing.colour) for thing in objects]
-    one_of_each = {sound.true: sound for sound in sounds}
+    one_of_each = {sound.true: sound for sound in rng.sample(sounds, len(sounds))}
     if len(one_of_each) == 2:  # else the number of sounds would tell
         asked += [_ask("together", "yes" if true else "no", sound.name) for true, sound in one_of_each.items()]
     return asked
