@@ -66,8 +66,6 @@ VOCABULARY = tuple(
 
 BEATS = 8
 """Things appear and disappear on an eighth of the clip, so that 8 frames catch every event."""
-CONTACTS = (0.35, 0.65)
-"""Between which moments, from 0 to 1, objects run into each other."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,14 @@ class Clip:
         return replace(self, objects=objects, questions=questions, frames=self.frames[::-1].copy())
 
 
-def make_clip(seed: int, *, split: Split = "train", size: int = 32, num_frames: int = 8) -> Clip:
+def make_clip(
+    seed: int,
+    *,
+    split: Split = "train",
+    size: int = 32,
+    num_frames: int = 8,
+    contacts: tuple[float, float] = (0.35, 0.65),
+) -> Clip:
     """Makes one clip. The same arguments give the same clip, and each split draws from a stream of its own.
 
     Args:
@@ -178,6 +183,7 @@ def make_clip(seed: int, *, split: Split = "train", size: int = 32, num_frames: 
             `HELD_OUT`, and the questions that name an object name such a one.
         size: height and width of the frames.
         num_frames: frames of the clip. With fewer than 8, events can fall between two frames.
+        contacts: between which moments, from 0 to 1, objects run into each other.
 
     Raises:
         ValueError: an unknown split, or a size or number of frames below 1.
@@ -187,7 +193,7 @@ def make_clip(seed: int, *, split: Split = "train", size: int = 32, num_frames: 
     rng = Random(f"mmzoo.world/{split}/{seed}")
     kind: Literal["appear", "collision"] = rng.choice(("appear", "collision"))
     looks = _looks(rng, 3 if kind == "collision" else rng.randint(1, 3), split == "unseen")
-    objects = (_collision if kind == "collision" else _appearances)(rng, looks)
+    objects = _collision(rng, looks, contacts) if kind == "collision" else _appearances(rng, looks)
     questions = list(_questions(rng, kind, objects, split == "unseen"))
     rng.shuffle(questions)
     background = rng.randint(10, 60)
@@ -345,10 +351,10 @@ def _apart(objects: list[Object]) -> bool:
     return True
 
 
-def _collision(rng: Random, looks: list[tuple[str, str]]) -> tuple[Object, ...]:
+def _collision(rng: Random, looks: list[tuple[str, str]], contacts: tuple[float, float]) -> tuple[Object, ...]:
     """One object runs into another, which moves on; a third one is on their line and, half of the time, leaves or
     comes to it sideways, so that who moves first is not yet who hits."""
-    radius, moment = rng.uniform(0.09, 0.10), rng.uniform(*CONTACTS)
+    radius, moment = rng.uniform(0.09, 0.10), rng.uniform(*contacts)
     spare = rng.uniform(0.01, 0.05)
     travel = 1 - 6 * radius - 3 * spare
     # Along the line: the first one goes from start to contact, the second one from beside contact to end, and the

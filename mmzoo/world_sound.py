@@ -16,7 +16,7 @@ from random import Random
 
 import numpy as np
 
-from mmzoo.world import BEATS, COLOURS, CONTACTS, VOCABULARY, Clip, Object, Question, Split, make_clip
+from mmzoo.world import BEATS, COLOURS, VOCABULARY, Clip, Object, Question, Split, make_clip
 
 SAMPLE_RATE = 16000
 SECONDS = 4.0
@@ -24,6 +24,8 @@ SECONDS = 4.0
 TONES = {"low": 300.0, "middle": 900.0, "high": 2700.0}
 """Hertz."""
 LENGTH = 0.4
+CONTACTS = (0.15, 0.85)
+"""Between which moments, from 0 to 1, objects run into each other: far enough apart to see that a click is false."""
 SOUND_NUMBERS = ("none", "one", "two", "three")
 
 _ASK: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -94,8 +96,8 @@ class SoundClip:
 
 
 def make_sound_clip(seed: int, *, split: Split = "train", size: int = 32, num_frames: int = 8) -> SoundClip:
-    """The clip that `make_clip` makes of the same arguments, with sounds and questions of a stream of their own."""
-    clip = make_clip(seed, split=split, size=size, num_frames=num_frames)
+    """The clip that `make_clip` makes of the same arguments and `CONTACTS`, with sounds and questions of its own."""
+    clip = make_clip(seed, split=split, size=size, num_frames=num_frames, contacts=CONTACTS)
     rng = Random(f"mmzoo.world_sound/{split}/{seed}")
     sounds = tuple(sorted((_tones if clip.kind == "appear" else _click)(rng, clip), key=lambda sound: sound.time))
     return SoundClip(clip, sounds, tuple(_questions(rng, clip, sounds)), _synthesised(rng, sounds))

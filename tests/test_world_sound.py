@@ -94,6 +94,24 @@ def test_the_pitch_alone_does_not_tell_whether_an_object_comes_with_it(clips: li
         assert said[tone, "yes"] == pytest.approx(said[tone, "no"], rel=0.35)
 
 
+def test_the_moments_of_sounds_do_not_tell_whether_something_is_seen_then() -> None:
+    """True and false sounds come as early as each other, alone and among the others of their clip."""
+    clips = [make_sound_clip(i, split="test", size=2) for i in range(2000)]
+    for kind in ("together", "contact"):
+        moments: dict[str, list[float]] = {"yes": [], "no": []}
+        places: dict[str, list[float]] = {"yes": [], "no": []}
+        for one in clips:
+            heard_at = [sound.time for sound in one.sounds]
+            for question in (question for question in one.questions if question.kind == kind):
+                moment = next(sound.time for sound in one.sounds if question.about in ("", sound.name))
+                moments[question.answer].append(moment)
+                places[question.answer].append(sum(time < moment for time in heard_at))
+        assert min(map(len, moments.values())) > 300
+        assert np.mean(moments["yes"]) == pytest.approx(np.mean(moments["no"]), abs=0.03)
+        assert np.std(moments["yes"]) == pytest.approx(np.std(moments["no"]), abs=0.02)
+        assert np.mean(places["yes"]) == pytest.approx(np.mean(places["no"]), abs=0.1)
+
+
 def test_every_word_is_known(clips: list[SoundClip]) -> None:
     for question in (question for one in clips for question in one.questions):
         assert set(question.text.split()) | {question.answer} <= set(SOUND_VOCABULARY)
