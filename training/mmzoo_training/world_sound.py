@@ -133,9 +133,9 @@ class SoundQuestions(WorldQuestions):
         self.one_stream = one_stream
         connector, width = self.model.connector, self.model.config.text_config.hidden_size
         tokens = len(connector.video_query_tokens[0]) // connector.window * width
-        # What the tokens of a frame say: which colours are there, what begins, what is heard, and what of it belongs
-        # together. Thrown away later.
-        self.parts = (len(COLOURS), len(EVENTS), len(SOUNDS), len(EVENTS) * (len(SOUNDS) - 1))
+        # What the tokens of a frame say: which colours are there, and where, what begins, what is heard, and what of it
+        # belongs together. Thrown away later.
+        self.parts = (len(COLOURS), 2 * len(COLOURS), len(EVENTS), len(SOUNDS), len(EVENTS) * (len(SOUNDS) - 1))
         self.description.frame = nn.Linear(tokens, sum(self.parts))
         self.streams = "both"
 
@@ -149,13 +149,15 @@ class SoundQuestions(WorldQuestions):
     def token_loss(self, tokens: Tensor, batch: dict[str, Any]) -> Tensor:
         """Of what the tokens [C, W, N, D] of each frame say of it."""
         by_frame = tokens.flatten(1, 2).unflatten(1, (batch["heard"].shape[1], -1)).flatten(2)
-        there, begins, sound, together = self.description.frame(by_frame).split(self.parts, -1)
-        present = (batch["looks"] != ABSENT).float()
+        there, place, begins, sound, together = self.description.frame(by_frame).split(self.parts, -1)
+        seen = batch["looks"] != ABSENT
+        present = seen.float()
         appears = (present - F.pad(present, (0, 0, 1, 0))[:, :-1]).clamp(min=0)
         weight = torch.ones(len(SOUNDS), device=sound.device)
         weight[0] = 0.3
         return (
             4 * F.binary_cross_entropy_with_logits(there, present)
+            + F.mse_loss(place.unflatten(-1, (-1, 2))[seen], batch["places"][seen] * 4 - 2)
             + 4 * _rare(begins, torch.cat([appears, batch["hits"][..., None]], -1))
             + F.cross_entropy(sound.flatten(0, 1), batch["heard"].flatten(), weight=weight)
             + 8 * _rare(together, batch["pairs"].flatten(2))
