@@ -38,8 +38,8 @@ training one batch in ten was silent and one in ten dark, so it knows both cases
 
 {table}
 
-For *together*, the sound alone tells more than chance does: a tone with nothing to see often comes late, when no object
-appears any more.
+False sounds come when true ones could, so neither their moments nor their number tell *together* or *contact*. Of
+*colour of sound* sight alone knows who may be meant, and of *sound of colour* sound alone knows which there are.
 
 The same recipe under other seeds; the mean over the kinds of question that need both streams:
 

@@ -17,6 +17,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from timm.optim import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -218,14 +219,16 @@ class ClipData(lightning.LightningDataModule):
 class VideoDiffusion(lightning.LightningModule):
     """Trains a generator of pixels on clips: the loss is on the noisy frames, the clean ones are slightly noised.
 
+    By Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon), with AdamW for what is no matrix.
+
     Args:
         name: of the family's configurations.
         config: fields of its configuration to change.
-        lr: peak learning rate of one cycle.
+        lr: peak learning rate of one cycle, for Muon's updates at the scale of AdamW's.
         warmup: part of the cycle that it rises.
         perturb: highest timestep of the noise on clean frames; each clip draws its own, up to this.
         begin_drop: how often the first frame is hidden behind the "begin of video" frame.
-        weight_decay: of AdamW.
+        weight_decay: of Muon.
         rolled_steps: denoising steps of the frames that it makes for itself (`ClipData`'s `rolled_from`).
     """
 
@@ -233,7 +236,7 @@ class VideoDiffusion(lightning.LightningModule):
         self,
         name: str = "vid-gpt-nano",
         config: dict[str, Any] | None = None,
-        lr: float = 2e-3,
+        lr: float = 4e-3,
         warmup: float = 0.1,
         perturb: int = 100,
         begin_drop: float = 0.1,
@@ -279,9 +282,12 @@ class VideoDiffusion(lightning.LightningModule):
             self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["frames"]))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.model.parameters(), self.lr, (0.9, 0.99), weight_decay=self.weight_decay)
+        parameters = self.model.parameters()
+        optimizer = Muon(parameters, self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99))
         steps = max(2, int(self.trainer.estimated_stepping_batches))
-        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps, pct_start=self.warmup)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=steps, pct_start=self.warmup, cycle_momentum=False
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
