@@ -124,6 +124,23 @@ def test_frames_to_describe_are_drawn_with_what_they_show(module: WorldQuestions
         assert any(torch.equal(look, looks[i]) and torch.equal(place, places[i]) for i in same)
 
 
+def test_muon_turns_matrices_and_adamw_the_rest() -> None:
+    """A step of Muon is a matrix whose singular values are alike, a first one of AdamW as large everywhere."""
+    module = WorldQuestions(describe_steps=1, answer_steps=2, weight_decay=0.0, optimizer="muon")
+    optimizer = module.configure_optimizers()["optimizer"]
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    layer = module.model.lang_model.model.layers[0]
+    parameters = layer.mlp.down_proj.weight, layer.input_layernorm.weight
+    before = [parameter.detach().clone() for parameter in parameters]
+    module.answers(next(iter(batches(module))))[0].backward()
+    optimizer.step()
+    matrix, vector = (parameter.detach() - old for parameter, old in zip(parameters, before, strict=True))
+    values = torch.linalg.svdvals(matrix)
+    assert 0 < values.max() < 2 * values.median()
+    torch.testing.assert_close(vector.abs(), torch.full_like(vector, 1e-3), rtol=1e-2, atol=1e-6)
+
+
 def test_the_blind_baseline_sees_nothing() -> None:
     module = WorldQuestions(blind=True)
     batch = next(iter(batches(module)))

@@ -236,7 +236,7 @@ class VideoDiffusion(lightning.LightningModule):
         self,
         name: str = "vid-gpt-nano",
         config: dict[str, Any] | None = None,
-        lr: float = 4e-3,
+        lr: float = 2e-3,
         warmup: float = 0.1,
         perturb: int = 100,
         begin_drop: float = 0.1,

@@ -10,12 +10,13 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.optim import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -27,6 +28,7 @@ from mmzoo.processing import IMAGE, MultimodalProcessor
 from mmzoo.world import COLOURS, QUESTION_KINDS, SHAPES, Clip, Question, make_clip
 from mmzoo_training.finetune import answers, check_fits
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
 ABSENT = 0
 _COLOURS, _SHAPES = tuple(COLOURS), tuple(SHAPES)
 
@@ -296,7 +298,8 @@ class WorldQuestions(lightning.LightningModule):
         answer_steps: steps of the second stage; the trainer's max_steps is the sum of both.
         lr: peak learning rate of the second stage.
         encoder_lr: the encoder's and connector's part of `lr`.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: "adamw", or "muon" (with AdamW for what is no matrix), whose updates have AdamW's scale.
         token_grid: side of the grid that a frame's tokens stand on, for a family whose layout does not say it.
         blind: hide the pixels, as the text-only baseline.
     """
@@ -311,6 +314,7 @@ class WorldQuestions(lightning.LightningModule):
         lr: float = 1.5e-3,
         encoder_lr: float = 0.3,
         weight_decay: float = 0.01,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         token_grid: int | None = None,
         blind: bool = False,
     ):
@@ -411,7 +415,7 @@ class WorldQuestions(lightning.LightningModule):
             "description": list(self.description.parameters()),
         }
         options = self.hparams
-        optimizer = torch.optim.AdamW(
+        optimizer = OPTIMIZERS[options.optimizer](
             [{"params": parameters} for parameters in groups.values()],
             lr=1.0,
             betas=(0.9, 0.98),

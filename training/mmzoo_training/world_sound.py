@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,7 +114,8 @@ class SoundQuestions(WorldQuestions):
     Args:
         name: a registered model of FAVOR's family.
         one_stream: how often a batch is only seen, and how often only heard, so that the model knows both cases.
-        config, describe_steps, describe_lr, answer_steps, lr, encoder_lr, weight_decay: as `WorldQuestions` takes them.
+        config, describe_steps, describe_lr, answer_steps, lr, encoder_lr, weight_decay, optimizer: as
+            `WorldQuestions` takes them.
     """
 
     def __init__(
@@ -127,9 +128,12 @@ class SoundQuestions(WorldQuestions):
         lr: float = 1.5e-3,
         encoder_lr: float = 0.3,
         weight_decay: float = 0.01,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         one_stream: float = 0.1,
     ):
-        super().__init__(name, config, describe_steps, describe_lr, answer_steps, lr, encoder_lr, weight_decay)
+        super().__init__(
+            name, config, describe_steps, describe_lr, answer_steps, lr, encoder_lr, weight_decay, optimizer
+        )
         self.one_stream = one_stream
         connector, width = self.model.connector, self.model.config.text_config.hidden_size
         tokens = len(connector.video_query_tokens[0]) // connector.window * width
