@@ -135,12 +135,10 @@ class SoundQuestions(WorldQuestions):
             name, config, describe_steps, describe_lr, answer_steps, lr, encoder_lr, weight_decay, optimizer
         )
         self.one_stream = one_stream
-        connector, width = self.model.connector, self.model.config.text_config.hidden_size
-        tokens = len(connector.video_query_tokens[0]) // connector.window * width
         # What the tokens of a frame say: which colours are there, and where, what begins, what is heard, and what of it
-        # belongs together. Thrown away later.
+        # belongs together. Their mean says it, so that all say it in one way. Thrown away later.
         self.parts = (len(COLOURS), 2 * len(COLOURS), len(EVENTS), len(SOUNDS), len(EVENTS) * (len(SOUNDS) - 1))
-        self.description.frame = nn.Linear(tokens, sum(self.parts))
+        self.description.frame = nn.Linear(self.model.config.text_config.hidden_size, sum(self.parts))
         self.streams = "both"
 
     def describing_loss(self, batch: dict[str, Any]) -> Tensor:
@@ -152,7 +150,7 @@ class SoundQuestions(WorldQuestions):
 
     def token_loss(self, tokens: Tensor, batch: dict[str, Any]) -> Tensor:
         """Of what the tokens [C, W, N, D] of each frame say of it."""
-        by_frame = tokens.flatten(1, 2).unflatten(1, (batch["heard"].shape[1], -1)).flatten(2)
+        by_frame = tokens.flatten(1, 2).unflatten(1, (batch["heard"].shape[1], -1)).mean(2)
         there, place, begins, sound, together = self.description.frame(by_frame).split(self.parts, -1)
         seen = batch["looks"] != ABSENT
         present = seen.float()
