@@ -41,7 +41,7 @@ register(Entry("tc-llava-nano", **_TC, summary="TC-LLaVA's classes at 0.3 M para
 _VIDGPT = {"family": "vid_gpt", "task": "text-to-video", "rule": "causal-temporal", "scheme": "cyclic", "library": "diffusers", "paper": "arXiv:2406.10981"}  # fmt: skip  # noqa: E501
 register(Entry("vid-gpt-xl", **_VIDGPT, summary="STDiT-XL/2 under causal temporal attention, a window of 25 frames; no weights were released"))  # fmt: skip  # noqa: E501
 register(Entry("vid-gpt-tiny", **_VIDGPT, summary="ViD-GPT's classes at test size, random weights"))
-register(Entry("vid-gpt-nano", **_VIDGPT, summary="ViD-GPT's classes at 0.4 M parameters, trained on the pixels of synthetic clips", weights="package:vid-gpt-nano", license="apache-2.0", sha256={"diffusion_pytorch_model.safetensors": "e5ba986fd8172a1d33081c68ab0c68b814cb8e436086ee8272a426a673ba042b"}))  # fmt: skip  # noqa: E501
+register(Entry("vid-gpt-nano", **_VIDGPT, summary="ViD-GPT's classes at 0.4 M parameters, trained on the pixels of synthetic clips", weights="package:vid-gpt-nano", license="apache-2.0", sha256={"diffusion_pytorch_model.safetensors": "d4bf525a476b079b7bf9723cc99b8c1df0eba768e033613d13bba0c97a914d55"}))  # fmt: skip  # noqa: E501
 
 register(Entry("visualchat-7b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 7B"))
 register(Entry("visualchat-13b", **_VISUALCHAT, summary="Qwen-VL's ViT, a linear projection, LLaMA-2 13B"))
