@@ -11,6 +11,7 @@ import pytest
 from mmzoo.media import read_audio
 from mmzoo.world import make_clip
 from mmzoo.world_sound import (
+    CONTACTS,
     NEEDS,
     SAMPLE_RATE,
     SOUND_KINDS,
@@ -32,7 +33,7 @@ def clips() -> list[SoundClip]:
 
 def test_the_clips_are_those_of_the_world(clips: list[SoundClip]) -> None:
     for i, one in enumerate(clips[:20]):
-        silent = make_clip(i, split="test")
+        silent = make_clip(i, split="test", contacts=CONTACTS)
         assert one.clip == silent
         assert np.array_equal(one.clip.frames, silent.frames)
 
@@ -107,9 +108,9 @@ def test_the_moments_of_sounds_do_not_tell_whether_something_is_seen_then() -> N
                 moments[question.answer].append(moment)
                 places[question.answer].append(sum(time < moment for time in heard_at))
         assert min(map(len, moments.values())) > 300
-        assert np.mean(moments["yes"]) == pytest.approx(np.mean(moments["no"]), abs=0.03)
-        assert np.std(moments["yes"]) == pytest.approx(np.std(moments["no"]), abs=0.02)
-        assert np.mean(places["yes"]) == pytest.approx(np.mean(places["no"]), abs=0.1)
+        assert np.mean(moments["yes"]) == pytest.approx(np.mean(moments["no"]), abs=0.05)
+        assert np.std(moments["yes"]) == pytest.approx(np.std(moments["no"]), abs=0.04)
+        assert np.mean(places["yes"]) == pytest.approx(np.mean(places["no"]), abs=0.2)
 
 
 def test_every_word_is_known(clips: list[SoundClip]) -> None:
