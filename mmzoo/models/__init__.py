@@ -70,4 +70,4 @@ register(Entry("favor-13b", **_FAVOR, summary="InstructBLIP's ViT-g and Q-Former
 register(Entry("video-salmonn-13b", **_SALMONN, summary="as FAVOR, with a second audio stream and a multi-resolution causal Q-Former"))  # fmt: skip  # noqa: E501
 register(Entry("favor-tiny", **_FAVOR, summary="FAVOR's classes at test size, random weights"))
 register(Entry("video-salmonn-tiny", **_SALMONN, summary="video-SALMONN's classes at test size, random weights"))
-register(Entry("favor-nano", **_FAVOR, summary="FAVOR's classes at 0.4 M parameters, trained in the synthetic world with sound", weights="package:favor-nano", license="apache-2.0", sha256={"model.safetensors": "74f88386569a4b84226fbd0af456b843ac43d7a7e2827aef22b5487bac78aa1d"}))  # fmt: skip  # noqa: E501
+register(Entry("favor-nano", **_FAVOR, summary="FAVOR's classes at 0.4 M parameters, trained in the synthetic world with sound", weights="package:favor-nano", license="apache-2.0", sha256={"model.safetensors": "7fd84f2e0b25abf26994e7f18c8716fc2632f53e9f71b2a6b6e216dac06943a6"}))  # fmt: skip  # noqa: E501
