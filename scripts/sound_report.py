@@ -46,8 +46,8 @@ The same recipe under other seeds; the mean over the kinds of question that need
 {seeds}
 
 With both, *contact* and *together* are learned under every seed (96 % and more), *colour of sound* to 82, 52 and 100 %,
-*sound of colour* to 66, 60 and 59 %. With AdamW in 11,000 steps, where the tokens of a frame were described side by side
-and not by their mean, the means with both were 92.3, 84.7 and 61.2.
+*sound of colour* to 66, 60 and 59 %. With AdamW in 11,000 steps, where the tokens of a frame were described side by
+side and not by their mean, the means with both were 92.3, 84.7 and 61.2.
 
 Written as H.264 films with an AAC sound track at 128 pixels and read back by `ask` ({file_questions} questions):
 {files} right.
