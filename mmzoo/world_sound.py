@@ -165,6 +165,7 @@ def _questions(rng: Random, clip: Clip, sounds: tuple[Sound, ...]) -> list[Quest
         asked.append(_ask("first", objects[0].colour))
         asked += [_ask("colour of sound", sound.source, sound.name) for sound in sounds if sound.true]
     asked += [_ask("sound of colour", _sound_of(thing, sounds), thing.colour) for thing in objects]
+    # Any of the true ones, since the last of them would be known by coming late.
     one_of_each = {sound.true: sound for sound in rng.sample(sounds, len(sounds))}
     if len(one_of_each) == 2:  # else the number of sounds would tell
         asked += [_ask("together", "yes" if true else "no", sound.name) for true, sound in one_of_each.items()]
