@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from timm.optim import Muon
 
 from mmzoo.models.vid_gpt import CONFIGS, ViDGPT
 from mmzoo.world import Clip, make_bouncing_clip
@@ -47,8 +48,10 @@ def run(variant: str, seed: int, steps: int, advance: Advance) -> tuple[Scores, 
         Chain(model.build_scheduler()),
         ClipBatches(ClipData(SIZE, BATCH, first_seed=10**7 * seed), "train"),
     )
-    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=max(2, steps), pct_start=0.1)
+    optimizer = Muon(model.parameters(), LR, weight_decay=0.1, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LR, total_steps=max(2, steps), pct_start=0.1, cycle_momentum=False
+    )
     every, curve = max(1, steps // 8), [(0, followed(model, PROBE_CLIPS))]
     for step in range(1, steps + 1):
         batch = batches.batch(step - 1)
