@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -182,8 +183,8 @@ def demo(output: OutputFolder = Path("demo_output")) -> None:
 @app.command()
 def generate(
     name: Annotated[str, typer.Argument(help="a registered generator, hf-hub:org/name, or a folder")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the clip: .mp4, .mov or .mkv")] = Path("clip.mp4"),
-    num_frames: Annotated[int, typer.Option("--frames", help="frames in all")] = 64,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the clip: .mp4, .mov or .mkv")] = Path("made.mp4"),
+    num_frames: Annotated[int, typer.Option("--frames", help="frames in all, those that are given included")] = 64,
     prompt: Annotated[list[str] | None, typer.Option(help="what is to be seen; may be repeated, with --switch")] = None,
     switch: Annotated[list[float] | None, typer.Option(help="seconds at which the next prompt begins")] = None,
     image: Annotated[Path | None, typer.Option(help="a picture to go on from")] = None,
@@ -192,18 +193,25 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="denoising steps; the family's own if left out")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a clip of this name")] = False,
 ) -> None:
     """Make a clip. After an interrupt the same command goes on where it was; clip.growing.mp4 shows what is there."""
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from mmzoo.generating import check_output
     from mmzoo.generating import generate as make
     from mmzoo.generation import Generator
 
+    if out.exists() and any(given is not None and given.exists() and out.samefile(given) for given in (image, video)):
+        raise InputError(f"{out} is what the clip would go on from. Take another name.")
+    check_output(out, overwrite)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype is float32, bfloat16 or float16, not {dtype}.")
+    given = _given_frames(image, video)
     model = _load(name, device=device, dtype=getattr(torch, dtype) if dtype else None)
     if not isinstance(model, Generator):
         raise InputError(f"{name} answers questions; `mmzoo list` shows the models that generate.")
-    given = _given_frames(image, video)
     wanted = {"seed": seed, "steps": steps, "given": given, **_prompts(prompt or [], switch or [], model.fps)}
     options = {option: value for option, value in wanted.items() if value is not None}
     parts = (
@@ -213,11 +221,17 @@ def generate(
         TextColumn("frames"),
         TimeRemainingColumn(),
     )
-    with Progress(*parts, console=console, speed_estimate_period=300) as progress:
-        task = progress.add_task("generating", total=num_frames)
-        path = make(
-            model, out, num_frames, advance=lambda done, total: progress.update(task, completed=done), **options
-        )
+    progress = Progress(*parts, console=console, speed_estimate_period=300)
+    task = progress.add_task("generating", total=num_frames)
+
+    def advance(done: int, _: int) -> None:
+        progress.start()  # not before a clip is begun: options are refused without a bar
+        progress.update(task, completed=done)
+
+    try:
+        path = make(model, out, num_frames, overwrite=overwrite, advance=advance, **options)
+    finally:
+        progress.stop()
     console.print(f"written: {path}", soft_wrap=True)
 
 
@@ -230,16 +244,14 @@ def _given_frames(image: Path | None, video: Path | None) -> Any:
     if image is not None and video is not None:
         raise InputError("Give --image or --video, not both.")
     if image is not None:
-        return np.asarray(read_image(image))[None]
+        return np.array(read_image(image))[None]
     return read_video(video, sampling="all").frames if video is not None else None
 
 
 def _prompts(prompts: list[str], seconds: list[float], fps: float) -> dict[str, Any]:
     """One prompt, or several with the frames at which each after the first begins."""
-    if len(seconds) != max(0, len(prompts) - 1):
-        raise InputError(
-            f"{len(prompts)} prompts need {max(0, len(prompts) - 1)} times of --switch, got {len(seconds)}."
-        )
+    if len(seconds) != max(0, len(prompts) - 1) or not all(map(math.isfinite, seconds)):
+        raise InputError(f"Each --prompt after the first needs one --switch, in seconds: {len(prompts)} and {seconds}.")
     if len(prompts) > 1:
         return {"prompt": prompts, "switches": [round(second * fps) for second in seconds]}
     return {"prompt": prompts[0]} if prompts else {}

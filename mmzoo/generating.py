@@ -13,7 +13,7 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def generate(
     path: str | Path,
     num_frames: int,
     *,
+    overwrite: bool = False,
     advance: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> Path:
@@ -44,14 +45,16 @@ def generate(
         model: a generator.
         path: ends in .mp4, .mov or .mkv.
         num_frames: frames in all.
+        overwrite: whether a clip of this name may be replaced.
         advance: told the frames done and the frames in all.
         **options: what the model's `rollout` takes.
 
     Raises:
-        InputError: the model does not take an option, or another clip was begun under this name.
+        InputError: the model does not take an option, another clip was begun under this name, or the name cannot be
+            written.
     """
     path = Path(path)
-    VideoWriter(path, model.fps)  # a name that cannot be written is refused before hours of work
+    check_output(path, overwrite)
     unknown = options.keys() - inspect.signature(model.rollout).parameters.keys()
     if unknown:
         raise InputError(f"{type(model).__name__} does not take {', '.join(sorted(unknown))}.")
@@ -80,19 +83,39 @@ def generate(
     return path
 
 
+def check_output(path: Path, overwrite: bool = False) -> None:
+    """Refuse, before hours of work, a name that cannot be written. Raises InputError."""
+    VideoWriter(path, 1)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder. Give the name of a file.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists. Take another name, or say that it may be overwritten.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+
+
 def _key(model: Generator, num_frames: int, options: dict[str, Any]) -> str:
     """What decides a clip."""
-    told = {name: _told(value) for name, value in sorted(options.items())}
-    decided = {"weights": weights_sha256(model.state_dict()), "frames": num_frames, "options": told}
-    return hashlib.sha256(json.dumps(decided, default=str).encode()).hexdigest()
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    decided = [model, num_frames, options, config, model.attention, getattr(model, "_parts", {})]
+    return hashlib.sha256(json.dumps(_told(decided), default=str).encode()).hexdigest()
 
 
 def _told(value: Any) -> Any:
+    """What `json` can write, with digests in place of weights and tensors."""
     if isinstance(value, torch.nn.Module):
         return weights_sha256(value.state_dict())
-    if isinstance(value, (np.ndarray, torch.Tensor)):
-        return hashlib.sha256(np.ascontiguousarray(np.asarray(value)).tobytes()).hexdigest()
-    return value
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.array(value))
+    if isinstance(value, torch.Tensor):
+        return weights_sha256({"": value})
+    if isinstance(value, Mapping):
+        return {str(name): _told(one) for name, one in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [_told(one) for one in value]
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def _resume(rollout: Rollout, parts: Path, key: str) -> None:
@@ -104,7 +127,8 @@ def _resume(rollout: Rollout, parts: Path, key: str) -> None:
     try:
         saved = torch.load(state, weights_only=True)
     except Exception as error:  # torch raises classes of its own, of pickle and of the standard library
-        raise InputError(f"{state} is damaged: {error}. Remove {parts} to begin anew.") from error
+        said = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"{state} is damaged: {said}. Remove {parts} to begin anew.") from error
     if saved.pop("key") != key:
         raise InputError(
             f"Another clip was begun under this name, with other weights or options. Remove {parts} to begin anew, or "
@@ -114,6 +138,11 @@ def _resume(rollout: Rollout, parts: Path, key: str) -> None:
     for path in parts.glob("*.npy"):  # a block that was written after the state is made again
         if int(path.stem) >= rollout.done:
             path.unlink()
+    found = 0
+    for path in sorted(parts.glob("*.npy")):
+        found += len(np.load(path, mmap_mode="r")) if int(path.stem) == found else 0
+    if found != rollout.done:
+        raise InputError(f"A block of frames is missing in {parts}. Remove it to begin anew.")
 
 
 def _keep(rollout: Rollout, parts: Path, key: str) -> float:

@@ -7,7 +7,8 @@ that needs no download.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,6 +81,16 @@ class Generator(ModelMixin, ConfigMixin):
         raise NotImplementedError
 
 
+def check_switches(switches: Sequence[int], num_prompts: int, num_frames: int) -> None:
+    """Raise InputError unless each prompt after the first begins within the clip, and after the one before it."""
+    within = all(0 < before < after for before, after in pairwise([*switches, num_frames]))
+    if len(switches) != max(0, num_prompts - 1) or not within:
+        raise InputError(
+            f"{num_prompts} prompts of a clip of {num_frames} frames need {max(0, num_prompts - 1)} frames at which "
+            f"the next one begins, ascending and within the clip, not {list(switches)}."
+        )
+
+
 class Rollout:
     """A clip in the making: iterate over it to get its blocks, uint8 [F, H, W, 3], as they come.
 
@@ -96,6 +107,8 @@ class Rollout:
         if num_frames < 1:
             raise InputError(f"A clip has at least one frame, not {num_frames}.")
         self.model, self.num_frames, self.done = model, num_frames, 0
+        if not 0 <= seed < 2**63:
+            raise InputError(f"A seed is between 0 and 2**63 - 1, not {seed}.")
         self.random = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -119,11 +132,12 @@ class Rollout:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state. Raises InputError if it belongs to another rollout."""
-        if not {"done", "random"} <= state.keys() or state["done"] > self.num_frames:
+        random = state.get("random")
+        if not isinstance(random, Tensor) or not 0 <= state.get("done", -1) <= self.num_frames:
             raise InputError("This state is not one of this rollout.")
-        self.done = int(state["done"])
-        self.random.set_state(state["random"].clone())
         self._load(state)
+        self.done = int(state["done"])
+        self.random.set_state(random.clone())
 
     def _block(self) -> Tensor:
         raise NotImplementedError

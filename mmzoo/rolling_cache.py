@@ -98,13 +98,24 @@ class RollingKVCache:
         """Write the block's keys and values [B, F N, H, D]; returns those of every slot, [B, S N, H, D].
 
         What is returned are views of the buffers: the next update changes them.
+
+        Raises:
+            InputError: another batch size, type or device than that of the frames that are held.
         """
         return self._write(self.keys, layer, key), self._write(self.values, layer, value)
 
     def _write(self, buffers: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
         count = self.tokens_per_frame
         buffer = buffers[layer]
-        if buffer is None or buffer.shape[0] != new.shape[0]:
+        kind = (new.shape[0], *new.shape[2:], new.dtype, new.device)
+        if buffer is not None and (buffer.shape[0], *buffer.shape[2:], buffer.dtype, buffer.device) != kind:
+            if set(self.frames) - set(self.block):
+                raise InputError(
+                    f"The cache holds frames of a batch of {buffer.shape[0]} in {buffer.dtype} on {buffer.device}, and "
+                    f"these are {new.shape[0]} in {new.dtype} on {new.device}. Use another cache, or reset this one."
+                )
+            buffer = None
+        if buffer is None:
             buffer = buffers[layer] = new.new_zeros(new.shape[0], self.window * count, *new.shape[2:])
         for start, stop, slot in self._runs():
             place = slice(slot * count, (slot + stop - start) * count)
@@ -160,26 +171,36 @@ class RollingKVCache:
         opened = allowed(rule, self.block_layout, self.layout)[0]
         return None if bool(opened.all()) else opened
 
-    def ranks(self) -> tuple[list[int], list[int]]:
+    def ranks(self, opened: Tensor | None = None) -> tuple[list[int], list[int]]:
         """The place of each slot, and of each frame of the block, among the visible frames by time, from 0.
 
-        For positions that start anew in every window; a frame that found no slot has the place of the next that did.
+        For positions that start anew in every window; a frame that is not visible has the place of the next that is.
+
+        Args:
+            opened: bool [F, S]; a slot is visible if any frame of the block sees it. All are if None.
         """
-        ordered = sorted(self.frames)
-        return [ordered.index(frame) for frame in self.frames], [
-            sum(other < frame for other in ordered) for frame in self.block
-        ]
+        seen = [True] * len(self.frames) if opened is None else opened.any(0).tolist()
+        visible = [frame for frame, one in zip(self.frames, seen, strict=True) if one]
+        slots, block = ([sum(other < frame for other in visible) for frame in of] for of in (self.frames, self.block))
+        return slots, block
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that it holds, as `torch.load(weights_only=True)` reads it."""
         buffers = {"keys": self.keys, "values": self.values}
         copies = {name: [None if x is None else x.clone() for x in parts] for name, parts in buffers.items()}
-        return {"frames": list(self.frames), "first_frame": self.first_frame, **copies}
+        return {"frames": list(self.frames), "first_frame": self.first_frame, "sizes": self._sizes, **copies}
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(self.keys), self.window, self.sink, self.tokens_per_frame]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Hold what another cache of the same size held. Raises InputError if it had other layers or another window."""
-        if len(state["keys"]) != len(self.keys) or len(state["frames"]) > self.window:
-            raise InputError("This state is of a cache with other layers or a larger window.")
+        """Hold what another cache of the same sizes held. Raises InputError if it had others."""
+        if state.get("sizes") != self._sizes:
+            raise InputError(
+                f"This state is of a cache with layers, window, sink and frame tokens {state.get('sizes')}, and those "
+                f"of this one are {self._sizes}."
+            )
         self.reset(int(state["first_frame"]))
         self.frames = list(state["frames"])
         self.keys, self.values = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmzoo.errors import InputError, UnsupportedMask
-from mmzoo.generating import generate
+from mmzoo.generating import _key, generate
 from mmzoo.media import VideoWriter, read_video, write_video
 from tests.drift import Drift, DriftRollout
 
@@ -80,6 +80,44 @@ def test_another_clip_under_the_same_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4.parts" / "state.pt").write_bytes(b"no state")
     with pytest.raises(InputError, match="damaged"):
         generate(model, tmp_path / "a.mp4", 20)
+
+
+def test_what_is_there_is_not_overwritten_unless_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"mine")
+    with pytest.raises(InputError, match="exists"):
+        generate(Drift(), path, 3)
+    assert path.read_bytes() == b"mine"
+    assert read_video(generate(Drift(), path, 3, overwrite=True), sampling="all").frames.shape[0] == 3
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        generate(Drift(), tmp_path / "folder.mp4", 3, overwrite=True)
+
+
+def test_a_clip_with_a_block_missing_does_not_go_on(tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(Drift(), tmp_path / "a.mp4", 20, advance=stop)
+    (tmp_path / "a.mp4.parts" / "000003.npy").unlink()
+    with pytest.raises(InputError, match="missing"):
+        generate(Drift(), tmp_path / "a.mp4", 20)
+
+
+def test_all_that_decides_a_clip_is_in_its_key() -> None:
+    model, features = Drift(), torch.ones(2, 4)
+    keys = {_key(model, 3, {"prompt": (features, None)})}
+    for prompt in (features + 1, features.T.contiguous(), features.double(), features.bfloat16()):
+        keys.add(_key(model, 3, {"prompt": (prompt, None)}))
+    for change in ({"_parts": {"vae": torch.nn.Linear(2, 2)}}, {"attention": "eager"}):
+        changed = Drift()
+        vars(changed).update(change)
+        keys.add(_key(changed, 3, {"prompt": (features, None)}))
+    model.register_to_config(start=3)
+    keys.add(_key(model, 3, {"prompt": (features, None)}))
+    assert len(keys) == 8
 
 
 def test_wrong_options_are_refused_before_work(tmp_path: Path) -> None:

@@ -266,8 +266,9 @@ def test_the_new_prompt_rules_from_the_next_pass_on() -> None:
     assert_close(last_flows(fresh, block, (0.0,))[0], last_flows(Stream(model, prompts[1:]), block, (0.0,))[0])
 
 
-def test_a_larger_cache_than_the_window_shows_what_the_window_shows() -> None:
-    model = a_model()
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+def test_a_larger_cache_than_the_window_shows_what_the_window_shows(positions: str) -> None:
+    model = a_model(positions=positions)
     x, prompts = latents(model, 12), features(model)
     small, large = (fed(model, x[:, :, :10], prompts, window=window) for window in (None, 12))
     assert len(large.cache.frames.frames) == 10
@@ -428,10 +429,18 @@ def test_what_cannot_be_is_said() -> None:
     prompts = features(model, 2)
     with pytest.raises(InputError, match="names no tokenizer"):
         model.rollout(3, prompt="a cat")
-    with pytest.raises(InputError, match="2 prompts need 1 frames"):
+    with pytest.raises(InputError, match="2 prompts of a clip of 3 frames need 1 frames"):
         model.rollout(3, prompt=prompts)
     with pytest.raises(InputError, match="ascending"):
-        model.rollout(3, prompt=features(model, 3), switches=[6, 4])
+        model.rollout(9, prompt=features(model, 3), switches=[6, 4])
+    with pytest.raises(InputError, match="within the clip"):
+        model.rollout(9, prompt=features(model, 2), switches=[9])
+    with pytest.raises(InputError, match="no room for a block"):
+        a_model(window=6, sink=5)
+    with pytest.raises(InputError, match="smaller than the model's window"):
+        Stream(model, features(model), window=4)
+    with pytest.raises(InputError, match="no whole blocks"):
+        Stream(model, features(model), recache_frames=0)
     with pytest.raises(InputError, match="patches of 2 x 2"):
         model.rollout(3, prompt=prompts[:1], height=5)
     with pytest.raises(InputError, match=r"\[prompts, tokens, 20\]"):

@@ -102,6 +102,34 @@ def test_of_a_block_larger_than_the_window_the_latest_are_held() -> None:
     assert held(cache, keys) == {frame: [1000.0 * frame] for frame in (2, 3, 4)}
 
 
+def test_a_state_is_of_a_cache_of_the_same_sizes() -> None:
+    cache = RollingKVCache(1, 3)
+    cache.begin(range(2))
+    cache.update(0, *[torch.ones(1, 2, 1, 1)] * 2)
+    RollingKVCache(1, 3).load_state_dict(cache.state_dict())
+    for other in (
+        RollingKVCache(1, 5),
+        RollingKVCache(1, 3, sink=1),
+        RollingKVCache(2, 3),
+        RollingKVCache(1, 3, tokens_per_frame=2),
+    ):
+        with pytest.raises(InputError, match="of a cache with"):
+            other.load_state_dict(cache.state_dict())
+
+
+def test_what_is_held_is_not_dropped_for_another_batch_or_type() -> None:
+    cache = RollingKVCache(1, 3)
+    cache.begin(range(2))
+    cache.update(0, *[torch.ones(1, 2, 1, 1)] * 2)
+    cache.begin(range(2, 3))
+    for other in (torch.ones(2, 1, 1, 1), torch.ones(1, 1, 1, 1).double()):
+        with pytest.raises(InputError, match="reset"):
+            cache.update(0, other, other)
+    cache.reset()
+    cache.begin(range(1))
+    assert cache.update(0, *[torch.ones(2, 1, 1, 1)] * 2)[0].shape == (2, 1, 1, 1)
+
+
 def test_a_window_needs_room_beside_its_sink() -> None:
     with pytest.raises(InputError, match="larger than its sink"):
         RollingKVCache(1, 3, sink=3)

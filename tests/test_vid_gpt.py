@@ -173,8 +173,8 @@ def test_joint_attention_is_one_softmax_over_a_frame_and_those_looked_back_at() 
 def test_a_recomputed_rollout_sees_its_window_and_no_more() -> None:
     model, seen = build(), []
     model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
-    list(model.rollout(15, given=frames(2), cached=False, steps=1))
-    assert seen == [2 + 3, 5 + 3, 6 + 3, 6 + 3, 6 + 3]
+    list(model.rollout(15, given=frames(2), cached=False, steps=2))
+    assert seen[::2] == [2 + 3, 5 + 3, 6 + 3, 6 + 3, 6 + 3]
 
 
 def test_cyclic_positions_come_round_and_absolute_ones_end() -> None:
@@ -269,7 +269,7 @@ def test_guidance_goes_from_the_null_caption_towards_the_prompt() -> None:
     model = build(caption_channels=8)
     text, mask = torch.randn(1, 6, 8).double(), torch.tensor([[1, 1, 1, 0, 0, 0]])
     noise = latents(3, model)
-    scheduler = model.build_scheduler(1)
+    scheduler = model.build_scheduler(2)
     said, (null, mean) = (
         noise,
         (
@@ -343,7 +343,21 @@ def test_what_a_rollout_refuses() -> None:
     for options, said in (
         ({"prompt": "a sky"}, "takes no prompt"),
         ({"guidance": 2.0}, "give one"),
-        ({"switches": [3]}, "0 switches, not 1"),
+        ({"switches": [3]}, "need 0 frames"),
+        ({"prompt": ["a", "b", "c"], "switches": [3, 2]}, "ascending"),
+        ({"prompt": ["a", "b"], "switches": [4]}, "within the clip"),
+        ({"steps": 0}, "not 0"),
+        ({"steps": -2}, "not -2"),
+        ({"steps": 1001}, "not 1001"),
+        ({"steps": 1}, "noise would be taken"),
+        ({"perturb": 5000}, "timestep"),
+        ({"perturb": -5}, "timestep"),
+        ({"seed": -1}, "seed"),
+        ({"given": frames(4)}, "nothing would be made"),
+        ({"given": frames(0)}, "uint8"),
+        ({"given": frames(2)[0]}, "uint8"),
+        ({"given": frames(2)[..., :2]}, "uint8"),
+        ({"given": frames(2) / 255}, "uint8"),
     ):
         with pytest.raises(InputError, match=said):
             model.rollout(4, **options)
@@ -360,6 +374,42 @@ def test_what_a_rollout_refuses() -> None:
         model(latents(3, model), torch.zeros(1), cache=ViDGPTCache(model))
     with pytest.raises(InputError, match="no text"):
         model(latents(3, model), torch.zeros(1), torch.zeros(1, 2, 8))
+
+
+def test_a_short_part_sees_no_more_than_the_window() -> None:
+    """A part of one frame leaves slots to frames that are older than the window: they are not seen."""
+    model = build(num_layers=1, temporal_positions="rope", prefix_attention=None)
+    clean, cut, whole = latents(10, model), ViDGPTCache(model), ViDGPTCache(model)
+    for start in range(0, 9, 3):
+        model.write(clean[:, :, start : start + 3], cut, first_frame=start)
+    model.write(clean[:, :, 9:], cut, first_frame=9)
+    model.write(clean[:, :, 3:9], whole, first_frame=3)
+    noisy, t = latents(1, model, seed=1), torch.tensor([700])
+    for count, cache in ((10, cut), (9, whole)):
+        past = clean[:, :, count - 6 : count]
+        full = model(torch.cat([past, noisy], 2), t, num_prompt_frames=6, first_frame=count - 6)[:, :, 6:]
+        torch.testing.assert_close(model(noisy, t, first_frame=count, cache=cache), full)
+
+
+def test_what_a_cache_refuses() -> None:
+    model = build()
+    cache = ViDGPTCache(model)
+    with pytest.raises(InputError, match="more than the 9"):
+        model.write(latents(12, model), cache, first_frame=0)
+    model.write(latents(3, model), cache, first_frame=0)
+    with pytest.raises(InputError, match="batch of"):
+        model.write(latents(3, model, batch=2), cache, first_frame=3)
+    cache.reset()
+    with pytest.raises(InputError, match="Write the clean frames first"):
+        model(latents(3, model), torch.zeros(1), cache=cache)
+
+
+def test_a_switch_before_the_first_frame_counts() -> None:
+    model = build(caption_channels=8)
+    words = [(torch.randn(1, 6, 8).double(), torch.ones(1, 6).long()) for _ in range(2)]
+    switched, expected = model.rollout(6, prompt=words[0]), model.rollout(6, prompt=words[1])
+    switched.switch(words[1])
+    assert torch.equal(switched.next_latents(), expected.next_latents())
 
 
 def test_the_autoencoder_stands_between_pixels_and_latents() -> None:

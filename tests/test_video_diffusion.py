@@ -104,6 +104,22 @@ def test_later_batches_are_learned_behind_the_models_own_frames() -> None:
     assert not torch.equal(made[:, :window], frames[:, -chunk - window : -chunk])
 
 
+def test_all_but_the_last_chunk_of_a_rolled_batch_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the clip is still shorter than the window."""
+    module, told = VideoDiffusion("vid-gpt-tiny"), list[tuple[int, int]]()
+    chunk = module.model.config.chunk_frames
+
+    def said(model: object, chain: object, clean: Tensor, given: int, *rest: float) -> Tensor:
+        told.append((clean.shape[2], given))
+        return clean.sum()
+
+    monkeypatch.setattr("mmzoo_training.video_diffusion.drawn_loss", said)
+    for first in (1, module.model.config.window):
+        frames = torch.zeros(1, first + 2 * chunk, 8, 8, 3, dtype=torch.uint8)
+        module.loss({"frames": frames, "num_prompt_frames": first, "rolled": 1})
+    assert all(frames - given == chunk for frames, given in told) and len(told) == 2
+
+
 def loss_of(model: ViDGPT, clean: Tensor, noise: Tensor, t: int, **options: Any) -> tuple[Tensor, Tensor]:
     chain = Chain(model.build_scheduler())
     return losses(model, chain, clean, 2, torch.full((len(clean),), t), noise, **options)

@@ -37,7 +37,7 @@ from mmzoo import masks
 from mmzoo.attention.backends import eager_attention
 from mmzoo.attention.compiler import allowed
 from mmzoo.errors import CheckpointError, InputError
-from mmzoo.generation import Generator, Rollout
+from mmzoo.generation import Generator, Rollout, check_switches
 from mmzoo.rolling_cache import RollingKVCache, frames_layout
 
 Turn = tuple[Tensor, Tensor]
@@ -58,7 +58,7 @@ class LongLiveCache:
 
     def __init__(self, model: LongLive, size: Sequence[int], window: int | None = None):
         config = model.config
-        window = window or config.window
+        window = config.window if window is None else window
         if window is None:
             raise InputError("A model without a window sees all frames: say how many there will be.")
         rows, columns = model.grid(*size)
@@ -246,7 +246,7 @@ class LongLive(Generator, WanTransformer3DModel):
         vae: str | None = None,
         text_encoder: str | None = None,
     ):
-        _check_sizes(patch_size, window, frames_per_block, positions)
+        _check_sizes(patch_size, window, sink, frames_per_block, positions)
         # Undecorated: decorated, it would put fields of its own into the configuration. The blocks are made below.
         WanTransformer3DModel.__init__.__wrapped__(
             self,
@@ -363,7 +363,7 @@ class LongLive(Generator, WanTransformer3DModel):
             cache.frames.begin(frames, keep_sink=keep_sink)
             opened = cache.frames.mask(rule)
             order = list(range(len(cache.frames.frames))) if write else cache.frames.past_first()
-            of_slots, of_frames = cache.frames.ranks()
+            of_slots, of_frames = cache.frames.ranks(opened)
             seen, own = ([of_slots[slot] for slot in order], of_frames) if relative else (seen, own)
             opened = opened if opened is None else opened[:, order]
         if not relative and max(own) >= self.config.rope_max_seq_len:
@@ -480,11 +480,17 @@ class LongLive(Generator, WanTransformer3DModel):
         return LongLiveRollout(self, num_frames, seed, prompt, switches, height, width, options)
 
 
-def _check_sizes(patch_size: Sequence[int], window: int | None, frames_per_block: int, positions: str) -> None:
+def _check_sizes(
+    patch_size: Sequence[int], window: int | None, sink: int, frames_per_block: int, positions: str
+) -> None:
     if patch_size[0] != 1:
         raise InputError(f"A patch is within one frame: patch_size begins with 1, not {patch_size[0]}.")
     if window is not None and window % frames_per_block:
         raise InputError(f"A window of {window} frames does not hold whole blocks of {frames_per_block}.")
+    if window is not None and window - sink < frames_per_block:
+        raise InputError(
+            f"A window of {window} frames with a sink of {sink} has no room for a block of {frames_per_block}."
+        )
     if positions not in ("absolute", "relative"):
         raise InputError(f"positions is 'absolute' or 'relative', not {positions!r}.")
 
@@ -509,7 +515,7 @@ class Stream:
         model: the model.
         prompts: [B, L, E].
         size: height and width of the latents; the configuration's if None.
-        window: frames that the cache holds; the configuration's if None.
+        window: frames that the cache holds, no fewer than the configuration's, which is taken if None.
         recache: who sees whom when seen frames pass again under a new prompt. "bidirectional": all see all, as in the
             authors' code and as the weights were trained; "block-causal": as in generation.
         global_sink: whether the sink keeps its keys and values, made under the old prompt, once the clip is longer than
@@ -541,9 +547,12 @@ class Stream:
         self.model, self.prompts, self.size = model, prompts, tuple(size or model.config.sample_size)
         self.recache_rule = model.rule if recache == "block-causal" else masks.bidirectional()
         self.global_sink, self.authors_large_sink = global_sink, authors_large_sink
+        if window is not None and window < (model.config.window or 0):
+            raise InputError(f"A cache of {window} frames is smaller than the model's window of {model.config.window}.")
         self.cache = LongLiveCache(model, self.size, window)
-        self.recache_frames = min(recache_frames or self.cache.frames.window, self.cache.frames.window)
-        if self.recache_frames % model.config.frames_per_block:
+        held = self.cache.frames.window
+        self.recache_frames = held if recache_frames is None else min(recache_frames, held)
+        if self.recache_frames < 1 or self.recache_frames % model.config.frames_per_block:
             raise InputError(f"{self.recache_frames} frames that pass again are no whole blocks.")
         if authors_large_sink:
             self.cache.frames.frames = list(range(self.cache.frames.sink))
@@ -669,11 +678,7 @@ class LongLiveRollout(Rollout):
     ):
         super().__init__(model, num_frames, seed)
         self.prompts, self.switches, self.part = model.encode_prompts(prompt), list(switches), 0
-        if len(self.prompts) != len(self.switches) + 1 or self.switches != sorted(self.switches):
-            raise InputError(
-                f"{len(self.prompts)} prompts need {len(self.prompts) - 1} frames, ascending, at which the next one "
-                f"begins, not {self.switches}."
-            )
+        check_switches(self.switches, len(self.prompts), num_frames)
         ratio, scale = model.scale_factors
         given = zip((height, width), model.config.sample_size, strict=True)
         size = [side if pixels is None else pixels / scale for pixels, side in given]

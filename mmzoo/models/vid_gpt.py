@@ -42,7 +42,7 @@ from mmzoo import masks
 from mmzoo.attention.backends import eager_attention
 from mmzoo.attention.compiler import allowed
 from mmzoo.errors import CheckpointError, InputError
-from mmzoo.generation import Generator, Rollout
+from mmzoo.generation import Generator, Rollout, check_switches
 from mmzoo.layout import Role
 from mmzoo.masks.rule import always, answer, everything, frame, not_after, prompt
 from mmzoo.rolling_cache import RollingKVCache, frames_layout
@@ -160,7 +160,7 @@ class ViDGPTCache:
         """
         context = self.context
         key, value = (None, None) if context is None else (context.keys[layer], context.values[layer])
-        if context is None or key is None or value is None:
+        if context is None or key is None or value is None or not context.frames:
             raise InputError(
                 "Nothing was written yet that noisy frames could look back at. Write the clean frames first."
             )
@@ -522,10 +522,15 @@ class ViDGPT(Generator):
         layout, keys = layout.field("role", role), None
         here, there = list(range(count)), list(range(count))
         if cache is not None:
+            if count > cache.temporal.window:
+                raise InputError(f"{count} frames at once are more than the {cache.temporal.window} of the cache.")
             cache.begin(numbers, writes)
             keys = cache.temporal.layout
-            there, here = cache.temporal.ranks()
         opened = allowed(self.rule, layout, keys)[0]
+        if cache is not None:
+            held = torch.tensor(cache.temporal.frames, device="cpu")
+            opened = opened & (held >= first - self.config.window)  # a short block leaves slots to older frames
+            there, here = cache.temporal.ranks(opened)
         rotation = (self._turn(here), self._turn(there)) if self.config.temporal_positions == "rope" else None
         return None if bool(opened.all()) else opened, rotation
 
@@ -544,11 +549,20 @@ class ViDGPT(Generator):
         return self.caption_projection(features.to(dtype)), None if mask is None else mask.bool()[:, None, None]
 
     def build_scheduler(self, num_steps: int | None = None) -> Any:
-        """The scheduler of diffusers, set to `num_steps`, with its products of alphas in float64."""
+        """The scheduler of diffusers, set to `num_steps`, with its products of alphas in float64.
+
+        Raises:
+            InputError: as many steps as its chain has not, or so few that they would begin at its clean end.
+        """
         fields = self.config.scheduler or IDDPM
         scheduler = getattr(diffusers, fields["_class_name"]).from_config(dict(fields))
         scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
-        scheduler.set_timesteps(num_steps or self.config.num_steps)
+        steps, most = self.config.num_steps if num_steps is None else num_steps, scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise InputError(f"Between 1 and {most} denoising steps, not {steps}.")
+        scheduler.set_timesteps(steps)
+        if not int(scheduler.timesteps[0]):
+            raise InputError(f"With {steps} step(s) spaced so, noise would be taken for clean frames: take more.")
         return scheduler
 
     def load_parts(self, **parts: Any) -> None:
@@ -639,11 +653,14 @@ class ViDGPT(Generator):
 
         Raises:
             InputError: a prompt without text, guidance without a prompt, prompts that are not one more than switches,
-                or a cache under a rule that allows none.
+                given frames that are no frames or leave nothing to make, a timestep or number of steps that the chain
+                has not, or a cache under a rule that allows none.
         """
         prompts = [prompt] if isinstance(prompt, (str, tuple)) else list(prompt or [])
-        if len(switches) != max(0, len(prompts) - 1):
-            raise InputError(f"{len(prompts)} prompts need {max(0, len(prompts) - 1)} switches, not {len(switches)}.")
+        check_switches(switches, len(prompts), num_frames)
+        given = None if given is None else _given(given, num_frames)
+        if perturb is not None and not 0 <= perturb < self.build_scheduler().config.num_train_timesteps:
+            raise InputError(f"perturb is a timestep of the chain, not {perturb}.")
         if guidance != 1.0 and not prompts:
             raise InputError("Guidance is away from the null caption and towards a prompt: give one.")
         shared = self.config.rule != "bidirectional"
@@ -653,11 +670,20 @@ class ViDGPT(Generator):
             Denoising(self, self.build_scheduler(steps), guidance=guidance),
             num_frames,
             seed,
-            given=None if given is None else torch.as_tensor(np.asarray(given)),
+            given=given,
             prompts=list(zip((0, *switches), prompts)),
             perturb=self.config.prefix_perturb if perturb is None else perturb,
             cached=shared if cached is None else cached,
         )
+
+
+def _given(frames: Any, num_frames: int) -> Tensor:
+    found = torch.from_numpy(np.array(frames))
+    if found.dtype != torch.uint8 or found.dim() != 4 or found.shape[-1] != 3 or not len(found):
+        raise InputError(f"Given frames are uint8 [G, H, W, 3], not {found.dtype} {list(found.shape)}.")
+    if len(found) >= num_frames:
+        raise InputError(f"{len(found)} frames are given and the clip has {num_frames} in all: nothing would be made.")
+    return found
 
 
 def _check_fields(config: Any) -> None:
@@ -822,6 +848,7 @@ class ViDGPTRollout(Rollout):
 
     def switch(self, prompt: str) -> None:
         """Go on under another prompt. Frames that were written keep what they took from the old one."""
+        self.planned = [(frame, text) for frame, text in self.planned if frame > self.done]
         self.denoising.text = self._encoded(prompt)
 
     @torch.no_grad()

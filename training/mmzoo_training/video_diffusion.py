@@ -255,7 +255,8 @@ class VideoDiffusion(lightning.LightningModule):
         """The mean loss of a batch, with its noise, timesteps, hidden first frames and cyclic start drawn anew."""
         frames, given = batch["frames"], batch["num_prompt_frames"]
         if batch["rolled"]:
-            frames, given = self.own(frames, given), self.model.config.window
+            frames = self.own(frames, given)
+            given = frames.shape[1] - self.model.config.chunk_frames
         clean = frames.permute(0, 4, 1, 2, 3).to(self.device, torch.float32) / 127.5 - 1
         return drawn_loss(self.model, self.chain, clean, given, self.perturb, self.begin_drop)
 
