@@ -96,7 +96,7 @@ def _commands(entry: Entry, address: str | None, recipes: Sequence[str]) -> list
     name = address or entry.name
     lines = [f"mmzoo fit --config {recipe}" for recipe in recipes]
     if entry.library == "diffusers":
-        lines += [f"mmzoo generate {name} --out clip.mp4"] if entry.weights else []
+        lines += [f"mmzoo generate {name} --out made.mp4"] if entry.weights else []
     elif entry.weights and entry.weights.startswith("package:"):
         lines.append(f"mmzoo eval run {name} world --batch-size 8")
     elif entry.weights:

@@ -34,10 +34,11 @@ has no text.
 
 {clips} clips of the test split; {given} frames are given and {made} more are made, with the cache. *Kept*: the object's
 colour covers between half and twice the pixels that it should. *Off*: how far the middle of a kept object is from where
-it should be, in pixels. *Still*: the last given frame, again and again.
+it should be, in pixels. *Still*: the last given frame, again and again. *From one frame*: where one frame is given in
+place of {given}, from which no motion can be told.
 
-| frames after the given ones | kept, % | off | still: off |
-|---|---|---|---|
+| frames after the given ones | kept, % | off | still: off | from one frame: kept, % | off |
+|---|---|---|---|---|---|
 {rows}
 
 {said}
@@ -71,7 +72,7 @@ def main() -> None:
     model = ViDGPT.from_pretrained(options.folder).eval()
     size, given = model.config.sample_size[0], model.config.window
     clips = [make_bouncing_clip(seed, split="test", size=size, num_frames=FRAMES) for seed in range(options.clips)]
-    table, made, seconds = measured(model, clips, given)
+    (table, made, seconds), (lone, alone, _) = measured(model, clips, given), measured(model, clips, 1)
     still = report(clips, [np.repeat(clip.frames[given - 1 : given], FRAMES, 0) for clip in clips], given, AHEAD)
     prose = PROSE.format(
         took=options.took,
@@ -87,15 +88,16 @@ def main() -> None:
         given=given,
         made=FRAMES - given,
         rows="\n".join(
-            f"| {step} | {100 * table[step][0]:.0f} | {table[step][1]:.1f} | {still[step][1]:.1f} |" for step in AHEAD
+            f"| {step} | {100 * table[step][0]:.0f} | {table[step][1]:.1f} | {still[step][1]:.1f} "
+            f"| {100 * lone[step][0]:.0f} | {lone[step][1]:.1f} |"
+            for step in AHEAD
         ),
         said=options.said,
     )
     with replacing(CARD) as temporary:
         temporary.write_text(prose)
-    alone = continued(model, torch.from_numpy(np.stack([clip.frames[:1] for clip in clips[4:8]])), FRAMES).numpy()
     with replacing(PICTURE) as temporary:
-        picture(clips, made, alone).save(temporary, format="png")
+        picture(clips, made, alone[4:8]).save(temporary, format="png")
     print(prose, f"{len(clips)} clips took {seconds:.0f} CPU-seconds.", sep="\n")
 
 
