@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import mmzoo
 from mmzoo.cli import app
-from mmzoo.errors import DatasetError, EvaluationError, InputError
+from mmzoo.errors import DatasetError, EvaluationError, InputError, UnknownModel
 from mmzoo.language import MultimodalLM
 from mmzoo.media import read_video, write_video
 from mmzoo_eval import runner
@@ -356,6 +356,19 @@ def test_the_command_runs_scores_and_compares(tmp_path: Path) -> None:
         call("run", "aki-nano", *common, "--shard", "first", "-o", str(tmp_path / "x"))
     with pytest.raises(InputError, match="--answers"):
         call("run", "aki-nano", *common, "--answers", "guess", "-o", str(tmp_path / "x"))
+
+
+def test_a_run_that_cannot_begin_claims_no_folder(tmp_path: Path) -> None:
+    def call(*words: str) -> None:
+        CliRunner().invoke(app, ["eval", "run", *words, "-o", str(tmp_path / "run")], catch_exceptions=False)
+
+    with pytest.raises(InputError, match="Give --data"):
+        call("aki-nano", "mvbench")
+    with pytest.raises(UnknownModel):
+        call("aki-nanno", "world", "--limit", "2")
+    with pytest.raises(InputError, match="No batch of 0"):
+        call("aki-nano", "world", "--limit", "2", "--batch-size", "0")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_judge_said_is_not_asked_again(tmp_path: Path) -> None:

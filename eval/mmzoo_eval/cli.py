@@ -92,8 +92,6 @@ def run(
     folder = output or Path("evaluated") / f"{Path(model).name}-{benchmark}"
     found = _with_judge(find(benchmark), judge, folder / "judged.jsonl")
     chosen = _protocol(found, protocol, answers, frames)
-    described = {"model": model, "benchmark": benchmark, "protocol": chosen.name, "frames": frames, "limit": limit}
-    _claim(folder, described | {"data": data and str(data)})
     items = _items(found, data)[:limit]
     number, shards = _shard(shard)
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's own way to say which device is whose
@@ -102,7 +100,10 @@ def run(
         precision = getattr(torch, dtype) if dtype else None
         loaded = mmzoo.load(model, device=device, dtype=precision, attention=attention)
     shown = Media(found, media or (data if data and data.is_dir() else (data or Path(".")).parent), chosen.frames)
-    _run(Run(loaded, found, chosen, items, shown, folder, batch_size, number, shards), report)
+    plan = Run(loaded, found, chosen, items, shown, folder, batch_size, number, shards)
+    described = {"model": model, "benchmark": benchmark, "protocol": chosen.name, "frames": frames, "limit": limit}
+    _claim(folder, described | {"data": data and str(data)})
+    _run(plan, report)
 
 
 def _with_judge(found: Benchmark, name: str | None, replies: Path) -> Benchmark:
