@@ -26,7 +26,7 @@ from mmzoo.language import MultimodalLM
 from mmzoo.media import read_video, write_video
 from mmzoo_eval import runner
 from mmzoo_eval.asking import Media, by_likelihood, likelihoods, put, responses
-from mmzoo_eval.benchmark import Benchmark, Frames, Item, Prompt, Protocol, Verdict, by_name, mean, scores
+from mmzoo_eval.benchmark import Benchmark, Frames, Item, Judged, Prompt, Protocol, Verdict, by_name, mean, scores
 from mmzoo_eval.benchmarks import MODULES, benchmark
 from mmzoo_eval.judges import RecordedJudge, find_judge
 from mmzoo_eval.report import write
@@ -279,14 +279,36 @@ def test_standard_errors_as_their_formulas(rows: list[tuple[int, int]]) -> None:
 def test_intervals_and_comparison() -> None:
     assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
     assert interval([1.0] * 10, range(10)) == pytest.approx((0.7225, 1.0), abs=1e-3)
-    low, high = interval([1, 1, 0, 0], ["a", "a", "b", "b"])
-    assert high - low == pytest.approx(2 * 1.96 * standard_error([1, 1, 0, 0], ["a", "a", "b", "b"]))
+    low, high = interval([1, 0, 0, 1] * 9, [i // 4 for i in range(36)])
+    assert high - low == pytest.approx(2 * 1.96 * standard_error([1, 0, 0, 1] * 9, [i // 4 for i in range(36)]))
     found = paired([1, 1, 0, 1], [0, 1, 0, 0])
     assert (found.n, found.difference, found.better, found.worse) == (4, 0.5, 2, 0)
     assert (found.t, found.p) == (pytest.approx(3**0.5), pytest.approx(0.1817, abs=1e-4))
     assert paired([1, 0], [1, 0]).p == 1.0 and paired([1, 1], [0, 0]).p == 0.0
     with pytest.raises(InputError, match="two items"):
         paired([1.0], [1.0])
+
+
+def test_no_interval_of_a_share_passes_its_limits() -> None:
+    values, clusters = [1.0] * 49 + [0.0], [i // 5 for i in range(50)]
+    margin = 1.96 * standard_error(values, clusters)
+    assert 0.98 + margin > 1 and interval(values, clusters) == (pytest.approx(0.98 - margin), 1.0)
+    assert interval([1, 1, 0, 0], ["a", "a", "b", "b"]) == (0.0, 1.0)
+    assert interval([1 - value for value in values], clusters) == (0.0, pytest.approx(0.02 + margin))
+    assert interval(values, clusters, (-np.inf, np.inf)) == pytest.approx((0.98 - margin, 0.98 + margin))
+    assert np.isnan(interval([0.5], ["a"])).all(), "of one item nothing is known"
+    rows = [
+        Judged(Item(f"i{i}", "", cluster=f"clip{clusters[i]}"), "x", Verdict(value, "x"), "answered")
+        for i, value in enumerate(values)
+    ]
+    found = scored(toy(), CHOICE, rows)
+    assert found["scores"]["accuracy"]["high"] == 100.0
+    assert found["scores"]["accuracy"]["stderr"] == pytest.approx(100 * margin / 1.96), "that of the whole interval"
+    assert found["text"].startswith(f"98.0 ({98 - 100 * margin:.1f} to 100.0)")
+    half = [replace(row, verdict=Verdict(i % 2, "x")) for i, row in enumerate(rows)]
+    assert scored(toy(), CHOICE, half)["text"].startswith("50.0 ± ")
+    points = replace(CHOICE, aggregate=lambda rows: {"accuracy": mean(scores(rows))}, unit="points")
+    assert scored(toy(), points, rows)["scores"]["accuracy"]["high"] > 1
 
 
 def test_a_resampled_interval_leaves_out_draws_without_a_value() -> None:
@@ -302,8 +324,6 @@ def test_a_resampled_interval_leaves_out_draws_without_a_value() -> None:
 
 
 def scored_row(number: int, kind: str) -> Any:
-    from mmzoo_eval.benchmark import Judged
-
     return Judged(Item(f"i{number}", "", kind=kind), "x", Verdict(1.0, "x"), "answered")
 
 

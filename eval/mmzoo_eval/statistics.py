@@ -61,12 +61,25 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     return (middle - width) / (1 + z**2 / count), (middle + width) / (1 + z**2 / count)
 
 
-def interval(scores: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float]:
-    """The 95 % interval of a mean: Wilson's for independent scores of 0 and 1, else by the clustered standard error."""
+def interval(
+    scores: Sequence[float], clusters: Sequence[Hashable], limits: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """The 95 % interval of a mean: Wilson's for independent scores of 0 and 1, else by the clustered standard error.
+
+    The normal approximation of the latter knows no limits, so its ends are clipped to them: no share is above 1.
+
+    Args:
+        scores: one an item.
+        clusters: one an item, equal for items that are not independent.
+        limits: that no mean can pass; infinite for scores that are no shares.
+    """
     if len(set(clusters)) == len(clusters) and set(scores) <= {0, 1}:
-        return wilson(sum(scores), len(scores))
-    mean, margin = sum(scores) / len(scores), 1.96 * standard_error(scores, clusters)
-    return mean - margin, mean + margin
+        low, high = wilson(sum(scores), len(scores))
+    else:
+        mean, margin = sum(scores) / len(scores), 1.96 * standard_error(scores, clusters)
+        low, high = mean - margin, mean + margin
+    low, high = np.clip((low, high), *limits).tolist()  # which leaves nan as it is
+    return low, high
 
 
 def bootstrap(
