@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -287,6 +288,40 @@ def test_intervals_and_comparison() -> None:
     assert paired([1, 0], [1, 0]).p == 1.0 and paired([1, 1], [0, 0]).p == 0.0
     with pytest.raises(InputError, match="two items"):
         paired([1.0], [1.0])
+
+
+def test_a_comparison_knows_which_items_share_a_video() -> None:
+    first, second = [1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    clusters = [i // 2 for i in range(12)]
+    plain, found = paired(first, second), paired(first, second, clusters)
+    stderr = standard_error(np.subtract(first, second), clusters)
+    assert stderr > 1.2 * standard_error(np.subtract(first, second)), "both items of a video go one way"
+    assert (found.low, found.high) == pytest.approx(
+        (found.difference - 1.96 * stderr, found.difference + 1.96 * stderr), abs=1e-4
+    )
+    assert found.p == pytest.approx(math.erfc(found.difference / stderr / 2**0.5)) and found.p > plain.p
+    assert found.t == pytest.approx(found.difference / stderr) and (found.clusters, plain.clusters) == (6, 12)
+    assert paired(first, second, range(12)) == plain, "clusters of one item each are none"
+    one = paired(first, second, ["clip"] * 12)
+    assert one.difference == plain.difference and np.isnan([one.low, one.high, one.p, one.stderr_clustered]).all()
+
+
+def test_the_comparison_leads_with_the_clustered_interval(tmp_path: Path) -> None:
+    def told(clusters: list[str]) -> str:
+        for name, judged in (("[one]", [1, 1, 1, 1, 0, 0]), ("other", [0, 0, 1, 1, 0, 0])):
+            rows = zip(clusters, judged, strict=True)
+            lines = [{"id": i, "response": "x", "score": s, "cluster": c} for i, (c, s) in enumerate(rows)]
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        paths = [str(tmp_path / name) for name in ("[one]", "other")]
+        return " ".join(CliRunner().invoke(app, ["eval", "compare", *paths], catch_exceptions=False).output.split())
+
+    known = told(list("aabbcc"))
+    assert "[one] is +33.3 points" in known and "clustered over 3 clusters" in known
+    stderr = standard_error([1, 1, 0, 0, 0, 0], list("aabbcc"))
+    assert f"{100 * (1 / 3 - 1.96 * stderr):+.1f} to {100 * (1 / 3 + 1.96 * stderr):+.1f}" in known
+    assert "t-test" not in known and "(paired t-test)" in told([""] * 6)
+    assert "no interval, as all items share one cluster" in told(["a"] * 6)
 
 
 def test_no_interval_of_a_share_passes_its_limits() -> None:

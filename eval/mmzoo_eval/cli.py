@@ -252,10 +252,16 @@ def compare(
     left_out = len(one.keys() | other.keys()) - len(shared)
     scores = ([run[name]["score"] for name in shared] for run in (one, other))
     found = paired(*scores, [one[name].get("cluster") or name for name in shared])
-    console.print(
-        f"{first} is {100 * found.difference:+.1f} points against {second} on {found.n} items: "
-        f"95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}, p = {found.p:.3g} (paired t-test); "
-        f"clustered standard error {100 * found.stderr_clustered:.1f}. Better on {found.better} items, worse on "
-        f"{found.worse}. {left_out} items were scored in one run only, or in none, and left out.",
-        soft_wrap=True,
+    sure = f"95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}, p = {found.p:.3g}"
+    if found.clusters == 1:
+        sure = "no interval, as all items share one cluster, such as a video"
+    elif found.clusters == found.n:
+        sure += " (paired t-test)"
+    else:
+        sure += f" (by the standard error clustered over {found.clusters} clusters, such as videos)"
+    told = (
+        f"{first} is {100 * found.difference:+.1f} points against {second} on {found.n} items: {sure}. Better on "
+        f"{found.better} items, worse on {found.worse}. {left_out} items were scored in one run only, or in none, and "
+        "left out."
     )
+    console.print(escape(told), soft_wrap=True)
