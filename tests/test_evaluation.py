@@ -423,6 +423,8 @@ def test_a_run_that_cannot_begin_claims_no_folder(tmp_path: Path) -> None:
         call("aki-nanno", "world", "--limit", "2")
     with pytest.raises(InputError, match="No batch of 0"):
         call("aki-nano", "world", "--limit", "2", "--batch-size", "0")
+    with pytest.raises(InputError, match="vid-gpt-nano makes clips or pictures and answers no questions"):
+        call("vid-gpt-nano", "world", "--limit", "2")
     assert not (tmp_path / "run").exists()
 
 

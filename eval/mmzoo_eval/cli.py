@@ -85,6 +85,7 @@ def run(
     import torch
 
     import mmzoo
+    from mmzoo.language import MultimodalLM
     from mmzoo_eval.asking import Media
     from mmzoo_eval.benchmarks import benchmark as find
     from mmzoo_eval.runner import Run
@@ -99,6 +100,8 @@ def run(
     with console.status(f"loading {model}"):
         precision = getattr(torch, dtype) if dtype else None
         loaded = mmzoo.load(model, device=device, dtype=precision, attention=attention)
+    if not isinstance(loaded, MultimodalLM):
+        raise InputError(f"{model} makes clips or pictures and answers no questions; `mmzoo list` shows which do.")
     shown = Media(found, media or (data if data and data.is_dir() else (data or Path(".")).parent), chosen.frames)
     plan = Run(loaded, found, chosen, items, shown, folder, batch_size, number, shards)
     described = {"model": model, "benchmark": benchmark, "protocol": chosen.name, "frames": frames, "limit": limit}
