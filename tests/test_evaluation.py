@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 import mmzoo
@@ -29,6 +30,7 @@ from mmzoo_eval import runner
 from mmzoo_eval.asking import Media, by_likelihood, likelihoods, put, responses
 from mmzoo_eval.benchmark import Benchmark, Frames, Item, Judged, Prompt, Protocol, Verdict, by_name, mean, scores
 from mmzoo_eval.benchmarks import MODULES, benchmark
+from mmzoo_eval.file_scorers import FILE_SCORERS
 from mmzoo_eval.judges import RecordedJudge, find_judge
 from mmzoo_eval.report import write
 from mmzoo_eval.runner import Run, run
@@ -411,6 +413,16 @@ def test_the_command_runs_scores_and_compares(tmp_path: Path) -> None:
         call("run", "aki-nano", *common, "--shard", "first", "-o", str(tmp_path / "x"))
     with pytest.raises(InputError, match="--answers"):
         call("run", "aki-nano", *common, "--answers", "guess", "-o", str(tmp_path / "x"))
+
+
+def test_the_list_shows_square_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    bracketed = replace(benchmark("world"), data="rows of [question, answer], [a] folder")
+    monkeypatch.setattr("mmzoo_eval.benchmarks.benchmark", lambda name: bracketed)
+    monkeypatch.setattr("mmzoo_eval.cli.console", Console(width=400))
+    said = CliRunner().invoke(app, ["eval", "list"], catch_exceptions=False).output
+    assert bracketed.data in said
+    files = [what for scorer in FILE_SCORERS.values() for what in scorer.files.values()]
+    assert any("[" in what for what in files) and all(what in said for what in files)
 
 
 def test_a_run_that_cannot_begin_claims_no_folder(tmp_path: Path) -> None:

@@ -45,12 +45,12 @@ def list_command() -> None:
     for name in MODULES:
         found = benchmark(name)
         with_judge = list(found.judged_by(lambda messages: "", "a judge")) if found.judged_by else []
-        table.add_row(name, found.media, ", ".join([*found.protocols, *with_judge]), found.data)
+        table.add_row(name, found.media, escape(", ".join([*found.protocols, *with_judge])), escape(found.data))
     console.print(table)
     table = Table("scores files", "protocols", "files")
     for name, scorer in FILE_SCORERS.items():
         told = "; ".join(f"{file}: {what}" for file, what in scorer.files.items())
-        table.add_row(name, ", ".join(scorer.protocols), told)
+        table.add_row(name, ", ".join(scorer.protocols), escape(told))
     console.print(table)
 
 
@@ -185,7 +185,7 @@ def _run(plan: Run, report: int) -> None:
     if report:
         with console.status("writing the report"):
             told.append(str(write(plan, plan.folder / "report.html", report)))
-    console.print(f"written: {', '.join(told)}", soft_wrap=True)
+    console.print(escape(f"written: {', '.join(told)}"), soft_wrap=True)
 
 
 def _print_scores(text: str, metrics: dict[str, dict[str, float]]) -> None:
