@@ -396,7 +396,7 @@ def test_the_command_runs_scores_and_compares(tmp_path: Path) -> None:
         return " ".join(done.output.split())
 
     one, other = tmp_path / "one", tmp_path / "other"
-    common = ["world", "--limit", "12", "--batch-size", "4", "--report", "2"]
+    common = ["world", "--limit", "12", "--batch-size", "4", "--report", "2", "--dtype", "float32"]
     said = call("run", "aki-nano", *common, "-o", str(one))
     assert "World (exact word, 8 frames):" in said and (one / "report.html").is_file()
     call("run", "aki-nano", *common, "--answers", "options", "--shard", "0/1", "-o", str(other))
@@ -435,6 +435,9 @@ def test_a_run_that_cannot_begin_claims_no_folder(tmp_path: Path) -> None:
         call("aki-nanno", "world", "--limit", "2")
     with pytest.raises(InputError, match="No batch of 0"):
         call("aki-nano", "world", "--limit", "2", "--batch-size", "0")
+    for wrong in ("relu", "int8", ""):
+        with pytest.raises(InputError, match=f"--dtype is float32, bfloat16, float16, not '{wrong}'"):
+            call("aki-nano", "world", "--limit", "2", "--dtype", wrong)
     with pytest.raises(InputError, match="vid-gpt-nano makes clips or pictures and answers no questions"):
         call("vid-gpt-nano", "world", "--limit", "2")
     assert not (tmp_path / "run").exists()

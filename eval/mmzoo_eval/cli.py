@@ -18,6 +18,8 @@ from mmzoo.errors import InputError
 from mmzoo.files import replacing
 
 if TYPE_CHECKING:
+    import torch
+
     from mmzoo_eval.benchmark import Benchmark, Item, Protocol
     from mmzoo_eval.runner import Run
 
@@ -78,12 +80,10 @@ def run(
     ] = None,
     report: Annotated[int, typer.Option(help="items on the HTML page; 0 for none")] = 100,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own")] = None,
     attention: Annotated[str, typer.Option(help="the attention backend")] = "sdpa",
 ) -> None:
     """Ask a model everything of a benchmark; the score names its protocol."""
-    import torch
-
     import mmzoo
     from mmzoo.language import MultimodalLM
     from mmzoo_eval.asking import Media
@@ -95,10 +95,10 @@ def run(
     chosen = _protocol(found, protocol, answers, frames)
     items = _items(found, data)[:limit]
     number, shards = _shard(shard)
+    precision = _dtype(dtype)
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's own way to say which device is whose
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     with console.status(f"loading {model}"):
-        precision = getattr(torch, dtype) if dtype else None
         loaded = mmzoo.load(model, device=device, dtype=precision, attention=attention)
     if not isinstance(loaded, MultimodalLM):
         raise InputError(f"{model} makes clips or pictures and answers no questions; `mmzoo list` shows which do.")
@@ -145,6 +145,15 @@ def _shard(given: str | None) -> tuple[int, int]:
     except ValueError as error:
         raise InputError(f"--shard is like 0/4, the first of four; not {given!r}.") from error
     return number, shards
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise InputError(f"--dtype is {', '.join(dtypes)}, not {name!r}.")
+    return dtypes[name] if name else None
 
 
 def _claim(folder: Path, described: dict[str, Any]) -> None:
