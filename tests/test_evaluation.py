@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,17 +18,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 import mmzoo
 from mmzoo.cli import app
-from mmzoo.errors import DatasetError, EvaluationError, InputError
+from mmzoo.errors import DatasetError, EvaluationError, InputError, UnknownModel
 from mmzoo.language import MultimodalLM
 from mmzoo.media import read_video, write_video
 from mmzoo_eval import runner
 from mmzoo_eval.asking import Media, by_likelihood, likelihoods, put, responses
-from mmzoo_eval.benchmark import Benchmark, Frames, Item, Prompt, Protocol, Verdict, by_name, mean, scores
+from mmzoo_eval.benchmark import Benchmark, Frames, Item, Judged, Prompt, Protocol, Verdict, by_name, mean, scores
 from mmzoo_eval.benchmarks import MODULES, benchmark
+from mmzoo_eval.file_scorers import FILE_SCORERS
 from mmzoo_eval.judges import RecordedJudge, find_judge
 from mmzoo_eval.report import write
 from mmzoo_eval.runner import Run, run
@@ -279,14 +282,70 @@ def test_standard_errors_as_their_formulas(rows: list[tuple[int, int]]) -> None:
 def test_intervals_and_comparison() -> None:
     assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
     assert interval([1.0] * 10, range(10)) == pytest.approx((0.7225, 1.0), abs=1e-3)
-    low, high = interval([1, 1, 0, 0], ["a", "a", "b", "b"])
-    assert high - low == pytest.approx(2 * 1.96 * standard_error([1, 1, 0, 0], ["a", "a", "b", "b"]))
+    low, high = interval([1, 0, 0, 1] * 9, [i // 4 for i in range(36)])
+    assert high - low == pytest.approx(2 * 1.96 * standard_error([1, 0, 0, 1] * 9, [i // 4 for i in range(36)]))
     found = paired([1, 1, 0, 1], [0, 1, 0, 0])
     assert (found.n, found.difference, found.better, found.worse) == (4, 0.5, 2, 0)
     assert (found.t, found.p) == (pytest.approx(3**0.5), pytest.approx(0.1817, abs=1e-4))
     assert paired([1, 0], [1, 0]).p == 1.0 and paired([1, 1], [0, 0]).p == 0.0
     with pytest.raises(InputError, match="two items"):
         paired([1.0], [1.0])
+
+
+def test_a_comparison_knows_which_items_share_a_video() -> None:
+    first, second = [1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    clusters = [i // 2 for i in range(12)]
+    plain, found = paired(first, second), paired(first, second, clusters)
+    stderr = standard_error(np.subtract(first, second), clusters)
+    assert stderr > 1.2 * standard_error(np.subtract(first, second)), "both items of a video go one way"
+    assert (found.low, found.high) == pytest.approx(
+        (found.difference - 1.96 * stderr, found.difference + 1.96 * stderr), abs=1e-4
+    )
+    assert found.p == pytest.approx(math.erfc(found.difference / stderr / 2**0.5)) and found.p > plain.p
+    assert found.t == pytest.approx(found.difference / stderr) and (found.clusters, plain.clusters) == (6, 12)
+    assert paired(first, second, range(12)) == plain, "clusters of one item each are none"
+    one = paired(first, second, ["clip"] * 12)
+    assert one.difference == plain.difference and np.isnan([one.low, one.high, one.p, one.stderr_clustered]).all()
+
+
+def test_the_comparison_leads_with_the_clustered_interval(tmp_path: Path) -> None:
+    def told(clusters: list[str]) -> str:
+        for name, judged in (("[one]", [1, 1, 1, 1, 0, 0]), ("other", [0, 0, 1, 1, 0, 0])):
+            rows = zip(clusters, judged, strict=True)
+            lines = [{"id": i, "response": "x", "score": s, "cluster": c} for i, (c, s) in enumerate(rows)]
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        paths = [str(tmp_path / name) for name in ("[one]", "other")]
+        return " ".join(CliRunner().invoke(app, ["eval", "compare", *paths], catch_exceptions=False).output.split())
+
+    known = told(list("aabbcc"))
+    assert "[one] is +33.3 points" in known and "clustered over 3 clusters" in known
+    stderr = standard_error([1, 1, 0, 0, 0, 0], list("aabbcc"))
+    assert f"{100 * (1 / 3 - 1.96 * stderr):+.1f} to {100 * (1 / 3 + 1.96 * stderr):+.1f}" in known
+    assert "t-test" not in known and "(paired t-test)" in told([""] * 6)
+    assert "no interval, as all items share one cluster" in told(["a"] * 6)
+
+
+def test_no_interval_of_a_share_passes_its_limits() -> None:
+    values, clusters = [1.0] * 49 + [0.0], [i // 5 for i in range(50)]
+    margin = 1.96 * standard_error(values, clusters)
+    assert 0.98 + margin > 1 and interval(values, clusters) == (pytest.approx(0.98 - margin), 1.0)
+    assert interval([1, 1, 0, 0], ["a", "a", "b", "b"]) == (0.0, 1.0)
+    assert interval([1 - value for value in values], clusters) == (0.0, pytest.approx(0.02 + margin))
+    assert interval(values, clusters, (-np.inf, np.inf)) == pytest.approx((0.98 - margin, 0.98 + margin))
+    assert np.isnan(interval([0.5], ["a"])).all(), "of one item nothing is known"
+    rows = [
+        Judged(Item(f"i{i}", "", cluster=f"clip{clusters[i]}"), "x", Verdict(value, "x"), "answered")
+        for i, value in enumerate(values)
+    ]
+    found = scored(toy(), CHOICE, rows)
+    assert found["scores"]["accuracy"]["high"] == 100.0
+    assert found["scores"]["accuracy"]["stderr"] == pytest.approx(100 * margin / 1.96), "that of the whole interval"
+    assert found["text"].startswith(f"98.0 ({98 - 100 * margin:.1f} to 100.0)")
+    half = [replace(row, verdict=Verdict(i % 2, "x")) for i, row in enumerate(rows)]
+    assert scored(toy(), CHOICE, half)["text"].startswith("50.0 ± ")
+    points = replace(CHOICE, aggregate=lambda rows: {"accuracy": mean(scores(rows))}, unit="points")
+    assert scored(toy(), points, rows)["scores"]["accuracy"]["high"] > 1
 
 
 def test_a_resampled_interval_leaves_out_draws_without_a_value() -> None:
@@ -302,8 +361,6 @@ def test_a_resampled_interval_leaves_out_draws_without_a_value() -> None:
 
 
 def scored_row(number: int, kind: str) -> Any:
-    from mmzoo_eval.benchmark import Judged
-
     return Judged(Item(f"i{number}", "", kind=kind), "x", Verdict(1.0, "x"), "answered")
 
 
@@ -339,7 +396,7 @@ def test_the_command_runs_scores_and_compares(tmp_path: Path) -> None:
         return " ".join(done.output.split())
 
     one, other = tmp_path / "one", tmp_path / "other"
-    common = ["world", "--limit", "12", "--batch-size", "4", "--report", "2"]
+    common = ["world", "--limit", "12", "--batch-size", "4", "--report", "2", "--dtype", "float32"]
     said = call("run", "aki-nano", *common, "-o", str(one))
     assert "World (exact word, 8 frames):" in said and (one / "report.html").is_file()
     call("run", "aki-nano", *common, "--answers", "options", "--shard", "0/1", "-o", str(other))
@@ -356,6 +413,34 @@ def test_the_command_runs_scores_and_compares(tmp_path: Path) -> None:
         call("run", "aki-nano", *common, "--shard", "first", "-o", str(tmp_path / "x"))
     with pytest.raises(InputError, match="--answers"):
         call("run", "aki-nano", *common, "--answers", "guess", "-o", str(tmp_path / "x"))
+
+
+def test_the_list_shows_square_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    bracketed = replace(benchmark("world"), data="rows of [question, answer], [a] folder")
+    monkeypatch.setattr("mmzoo_eval.benchmarks.benchmark", lambda name: bracketed)
+    monkeypatch.setattr("mmzoo_eval.cli.console", Console(width=400))
+    said = CliRunner().invoke(app, ["eval", "list"], catch_exceptions=False).output
+    assert bracketed.data in said
+    files = [what for scorer in FILE_SCORERS.values() for what in scorer.files.values()]
+    assert any("[" in what for what in files) and all(what in said for what in files)
+
+
+def test_a_run_that_cannot_begin_claims_no_folder(tmp_path: Path) -> None:
+    def call(*words: str) -> None:
+        CliRunner().invoke(app, ["eval", "run", *words, "-o", str(tmp_path / "run")], catch_exceptions=False)
+
+    with pytest.raises(InputError, match="Give --data"):
+        call("aki-nano", "mvbench")
+    with pytest.raises(UnknownModel):
+        call("aki-nanno", "world", "--limit", "2")
+    with pytest.raises(InputError, match="No batch of 0"):
+        call("aki-nano", "world", "--limit", "2", "--batch-size", "0")
+    for wrong in ("relu", "int8", ""):
+        with pytest.raises(InputError, match=f"--dtype is float32, bfloat16, float16, not '{wrong}'"):
+            call("aki-nano", "world", "--limit", "2", "--dtype", wrong)
+    with pytest.raises(InputError, match="vid-gpt-nano makes clips or pictures and answers no questions"):
+        call("vid-gpt-nano", "world", "--limit", "2")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_judge_said_is_not_asked_again(tmp_path: Path) -> None:

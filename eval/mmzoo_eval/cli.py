@@ -18,6 +18,8 @@ from mmzoo.errors import InputError
 from mmzoo.files import replacing
 
 if TYPE_CHECKING:
+    import torch
+
     from mmzoo_eval.benchmark import Benchmark, Item, Protocol
     from mmzoo_eval.runner import Run
 
@@ -45,12 +47,12 @@ def list_command() -> None:
     for name in MODULES:
         found = benchmark(name)
         with_judge = list(found.judged_by(lambda messages: "", "a judge")) if found.judged_by else []
-        table.add_row(name, found.media, ", ".join([*found.protocols, *with_judge]), found.data)
+        table.add_row(name, found.media, escape(", ".join([*found.protocols, *with_judge])), escape(found.data))
     console.print(table)
     table = Table("scores files", "protocols", "files")
     for name, scorer in FILE_SCORERS.items():
         told = "; ".join(f"{file}: {what}" for file, what in scorer.files.items())
-        table.add_row(name, ", ".join(scorer.protocols), told)
+        table.add_row(name, ", ".join(scorer.protocols), escape(told))
     console.print(table)
 
 
@@ -78,13 +80,12 @@ def run(
     ] = None,
     report: Annotated[int, typer.Option(help="items on the HTML page; 0 for none")] = 100,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own")] = None,
     attention: Annotated[str, typer.Option(help="the attention backend")] = "sdpa",
 ) -> None:
     """Ask a model everything of a benchmark; the score names its protocol."""
-    import torch
-
     import mmzoo
+    from mmzoo.language import MultimodalLM
     from mmzoo_eval.asking import Media
     from mmzoo_eval.benchmarks import benchmark as find
     from mmzoo_eval.runner import Run
@@ -92,17 +93,20 @@ def run(
     folder = output or Path("evaluated") / f"{Path(model).name}-{benchmark}"
     found = _with_judge(find(benchmark), judge, folder / "judged.jsonl")
     chosen = _protocol(found, protocol, answers, frames)
-    described = {"model": model, "benchmark": benchmark, "protocol": chosen.name, "frames": frames, "limit": limit}
-    _claim(folder, described | {"data": data and str(data)})
     items = _items(found, data)[:limit]
     number, shards = _shard(shard)
+    precision = _dtype(dtype)
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's own way to say which device is whose
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     with console.status(f"loading {model}"):
-        precision = getattr(torch, dtype) if dtype else None
         loaded = mmzoo.load(model, device=device, dtype=precision, attention=attention)
+    if not isinstance(loaded, MultimodalLM):
+        raise InputError(f"{model} makes clips or pictures and answers no questions; `mmzoo list` shows which do.")
     shown = Media(found, media or (data if data and data.is_dir() else (data or Path(".")).parent), chosen.frames)
-    _run(Run(loaded, found, chosen, items, shown, folder, batch_size, number, shards), report)
+    plan = Run(loaded, found, chosen, items, shown, folder, batch_size, number, shards)
+    described = {"model": model, "benchmark": benchmark, "protocol": chosen.name, "frames": frames, "limit": limit}
+    _claim(folder, described | {"data": data and str(data)})
+    _run(plan, report)
 
 
 def _with_judge(found: Benchmark, name: str | None, replies: Path) -> Benchmark:
@@ -143,6 +147,15 @@ def _shard(given: str | None) -> tuple[int, int]:
     return number, shards
 
 
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise InputError(f"--dtype is {', '.join(dtypes)}, not {name!r}.")
+    return dtypes[name] if name else None
+
+
 def _claim(folder: Path, described: dict[str, Any]) -> None:
     """Says in the folder whose results it holds. Raises InputError if these are another run's."""
     path = folder / "run.json"
@@ -181,7 +194,7 @@ def _run(plan: Run, report: int) -> None:
     if report:
         with console.status("writing the report"):
             told.append(str(write(plan, plan.folder / "report.html", report)))
-    console.print(f"written: {', '.join(told)}", soft_wrap=True)
+    console.print(escape(f"written: {', '.join(told)}"), soft_wrap=True)
 
 
 def _print_scores(text: str, metrics: dict[str, dict[str, float]]) -> None:
@@ -251,10 +264,16 @@ def compare(
     left_out = len(one.keys() | other.keys()) - len(shared)
     scores = ([run[name]["score"] for name in shared] for run in (one, other))
     found = paired(*scores, [one[name].get("cluster") or name for name in shared])
-    console.print(
-        f"{first} is {100 * found.difference:+.1f} points against {second} on {found.n} items: "
-        f"95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}, p = {found.p:.3g} (paired t-test); "
-        f"clustered standard error {100 * found.stderr_clustered:.1f}. Better on {found.better} items, worse on "
-        f"{found.worse}. {left_out} items were scored in one run only, or in none, and left out.",
-        soft_wrap=True,
+    sure = f"95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}, p = {found.p:.3g}"
+    if found.clusters == 1:
+        sure = "no interval, as all items share one cluster, such as a video"
+    elif found.clusters == found.n:
+        sure += " (paired t-test)"
+    else:
+        sure += f" (by the standard error clustered over {found.clusters} clusters, such as videos)"
+    told = (
+        f"{first} is {100 * found.difference:+.1f} points against {second} on {found.n} items: {sure}. Better on "
+        f"{found.better} items, worse on {found.worse}. {left_out} items were scored in one run only, or in none, and "
+        "left out."
     )
+    console.print(escape(told), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -50,11 +51,11 @@ def scored(benchmark: Benchmark, protocol: Protocol, results: Sequence[Judged]) 
     counted = [row for row in results if row.verdict is not None]
     estimates = bootstrap(counted, protocol.aggregate) if counted else {}
     counts = {state: sum(row.state == state for row in results) for state in STATES}
-    headline = _headline(protocol, counted, estimates)
+    headline, stderr = _headline(protocol, counted, estimates)
     value = "no item was scored" if headline is None else _shown(headline, protocol)
     metrics = {name: asdict(estimate) for name, estimate in estimates.items()}
     if headline is not None:
-        metrics[protocol.headline] = {**asdict(headline), "stderr": headline.margin / 1.96, "n": len(counted)}
+        metrics[protocol.headline] = {**asdict(headline), "stderr": stderr, "n": len(counted)}
     others = [
         f"{counts[state]} {state}" for state in STATES if state == UNANSWERED or counts[state] and state != ANSWERED
     ]
@@ -72,21 +73,33 @@ def scored(benchmark: Benchmark, protocol: Protocol, results: Sequence[Judged]) 
     }
 
 
-def _headline(protocol: Protocol, rows: Sequence[Judged], metrics: dict[str, Estimate]) -> Estimate | None:
-    """The first metric; where it is a mean of scores, with the interval of a mean in place of the resampled one."""
+def _headline(
+    protocol: Protocol, rows: Sequence[Judged], metrics: dict[str, Estimate]
+) -> tuple[Estimate | None, float]:
+    """The first metric with its standard error, which knows no limits; where it is a mean of scores, with the interval
+    of a mean in place of the resampled one.
+    """
     if protocol.headline not in metrics:
-        return None
+        return None, math.nan
     found, scale = metrics[protocol.headline], 100 if protocol.unit == "percent" else 1
     counted = [row for row in rows if row.verdict is not None and row.verdict.score is not None]
     values = scores(counted)
     if not values or abs(scale * sum(values) / len(values) - found.value) > 1e-9 * scale:
-        return found
-    low, high = interval(values, [row.item.cluster or row.item.id for row in counted])
-    return replace(found, low=scale * low, high=scale * high)
+        return found, found.margin / 1.96
+    clusters = [row.item.cluster or row.item.id for row in counted]
+    low, high = interval(values, clusters, limits=(-math.inf, math.inf))
+    stderr = scale * (high - low) / 2 / 1.96
+    if protocol.unit != "points":
+        low, high = interval(values, clusters)
+    return replace(found, low=scale * low, high=scale * high), stderr
 
 
 def _shown(estimate: Estimate, protocol: Protocol) -> str:
+    """With its margin; with both ends where that would speak of more than everything, or of less than nothing."""
     digits = 3 if protocol.unit == "fraction" else 1
+    most = {"percent": 100.0, "fraction": 1.0, "points": math.inf}[protocol.unit]
+    if estimate.value - estimate.margin < 0 or estimate.value + estimate.margin > most:
+        return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
     return f"{estimate.value:.{digits}f} ± {estimate.margin:.{digits}f}"
 
 

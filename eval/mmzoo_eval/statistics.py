@@ -61,12 +61,25 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     return (middle - width) / (1 + z**2 / count), (middle + width) / (1 + z**2 / count)
 
 
-def interval(scores: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float]:
-    """The 95 % interval of a mean: Wilson's for independent scores of 0 and 1, else by the clustered standard error."""
+def interval(
+    scores: Sequence[float], clusters: Sequence[Hashable], limits: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """The 95 % interval of a mean: Wilson's for independent scores of 0 and 1, else by the clustered standard error.
+
+    The normal approximation of the latter knows no limits, so its ends are clipped to them: no share is above 1.
+
+    Args:
+        scores: one an item.
+        clusters: one an item, equal for items that are not independent.
+        limits: that no mean can pass; infinite for scores that are no shares.
+    """
     if len(set(clusters)) == len(clusters) and set(scores) <= {0, 1}:
-        return wilson(sum(scores), len(scores))
-    mean, margin = sum(scores) / len(scores), 1.96 * standard_error(scores, clusters)
-    return mean - margin, mean + margin
+        low, high = wilson(sum(scores), len(scores))
+    else:
+        mean, margin = sum(scores) / len(scores), 1.96 * standard_error(scores, clusters)
+        low, high = mean - margin, mean + margin
+    low, high = np.clip((low, high), *limits).tolist()  # which leaves nan as it is
+    return low, high
 
 
 def bootstrap(
@@ -101,13 +114,14 @@ class Paired:
     Attributes:
         n: items that both have a score for.
         difference: mean of the first minus mean of the second, in fractions.
-        low: end of its 95 % interval, from Student's t.
+        low: end of its 95 % interval: from Student's t, or by the clustered standard error where items share clusters.
         high: the other end.
-        t: statistic of the paired test.
-        p: two-sided.
+        t: statistic of the test: the difference over the standard error that the interval is made of.
+        p: two-sided, of the same test.
         better: items on which the first scores higher.
         worse: items on which it scores lower.
         stderr_clustered: standard error of the difference, clustered.
+        clusters: how many there are; n if all items are independent.
     """
 
     n: int
@@ -119,10 +133,20 @@ class Paired:
     better: int
     worse: int
     stderr_clustered: float
+    clusters: int
 
 
 def paired(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] = ()) -> Paired:
-    """The paired t-test of two runs, as lmms-eval compares with a baseline.
+    """Two runs item by item.
+
+    Of independent items it is the paired t-test, as lmms-eval compares with a baseline. Where items share clusters,
+    that test is too sure of itself; the interval and p are then those of the normal approximation with the clustered
+    standard error (arXiv:2411.00640, equation 4), and nan where all items share one.
+
+    Args:
+        first: scores of one run, one an item.
+        second: of the other, on the same items.
+        clusters: one an item, equal for items that are not independent; none if all are.
 
     Raises:
         InputError: fewer than two items.
@@ -136,9 +160,15 @@ def paired(first: Sequence[float], second: Sequence[float], clusters: Sequence[H
     count = len(differences)
     if count < 2:
         raise InputError(f"Two runs can be compared on two items or more that both answered; there are {count}.")
-    mean, stderr = float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(count))
+    groups = len(set(clusters)) if len(clusters) else count
+    mean = float(differences.mean())
+    # Deviations from the mean add up to 0 within a single cluster, which says nothing of how sure the mean is.
+    clustered = standard_error(differences, clusters) if groups > 1 else math.nan
+    stderr, law = clustered, stats.norm()
+    if groups == count:
+        stderr, law = float(differences.std(ddof=1) / math.sqrt(count)), stats.t(count - 1)
     t = mean / stderr if stderr else math.copysign(math.inf, mean) if mean else 0.0
-    p = float(2 * stats.t.sf(abs(t), count - 1)) if stderr else float(mean == 0)
-    margin = float(stats.t.ppf(0.975, count - 1)) * stderr
+    p = float(2 * law.sf(abs(t))) if stderr else float(mean == 0)
+    margin = float(law.ppf(0.975)) * stderr
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-    return Paired(count, mean, mean - margin, mean + margin, t, p, better, worse, standard_error(differences, clusters))
+    return Paired(count, mean, mean - margin, mean + margin, t, p, better, worse, clustered, groups)
