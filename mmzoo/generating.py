@@ -26,6 +26,8 @@ from mmzoo.generation import Generator, Rollout
 from mmzoo.integrity import weights_sha256
 from mmzoo.media import VideoWriter
 
+SMALL = 128
+"""Pixels: the shorter side of small frames as they are written."""
 QUICK = 0.1
 """Seconds: states that are written faster are written after every block, others take a twentieth of the time."""
 
@@ -66,21 +68,30 @@ def generate(
     advance(rollout.done, num_frames)
     with VideoWriter(growing, model.fps, growing=True) as writer:
         for block in _blocks(parts):
-            writer.write(block)
+            writer.write(enlarged(block))
         due = 0.0
         for block in (block.cpu().numpy() for block in rollout):
             with replacing(parts / f"{rollout.done - len(block):06d}.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, block)
             if time.monotonic() >= due:
                 due = _keep(rollout, parts, key)
-            writer.write(block)
+            writer.write(enlarged(block))
             advance(rollout.done, num_frames)
     with VideoWriter(path, model.fps) as writer:
         for block in _blocks(parts):
-            writer.write(block)
+            writer.write(enlarged(block))
     growing.unlink()
     shutil.rmtree(parts)
     return path
+
+
+def enlarged(block: np.ndarray) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] with each pixel as a square, until the shorter side has about 128.
+
+    Players want colours at half the resolution, which leaves little of an object of three pixels.
+    """
+    factor = max(1, SMALL // min(block.shape[1:3]))
+    return block.repeat(factor, 1).repeat(factor, 2)
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

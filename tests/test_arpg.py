@@ -273,7 +273,7 @@ def test_images_one_after_another_into_a_file(model: ARPG, tokenizer: VQModel, t
     with pytest.raises(InputError, match="Another clip"):
         generate(model, path, 3, tokenizer=other, **options)
     generate(model, path, 3, tokenizer=tokenizer, **options)
-    assert read_video(path, sampling="all").frames.shape == (3, 8, 8, 3)
+    assert read_video(path, sampling="all").frames.shape == (3, 128, 128, 3)
 
 
 def test_another_class_from_the_next_image_on(model: ARPG, tokenizer: VQModel) -> None:

@@ -24,7 +24,7 @@ def run(*arguments: object) -> str:
 def test_a_clip_is_made_and_gone_on_with(tmp_path: Path) -> None:
     made = tmp_path / "made.mp4"
     assert "written" in run("vid-gpt-nano", "--frames", 3, "--steps", 2, "--out", made)
-    assert read_video(made, sampling="all").frames.shape == (3, 16, 16, 3)
+    assert read_video(made, sampling="all").frames.shape == (3, 128, 128, 3)
     run("vid-gpt-nano", "--video", made, "--frames", 6, "--steps", 2, "--out", tmp_path / "on.mp4")
     assert read_video(tmp_path / "on.mp4", sampling="all").frames.shape[0] == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made.mp4", "on.mp4"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmzoo.errors import InputError, UnsupportedMask
-from mmzoo.generating import _key, generate
+from mmzoo.generating import _key, enlarged, generate
 from mmzoo.media import VideoWriter, read_video, write_video
 from tests.drift import Drift, DriftRollout
 
@@ -20,7 +20,7 @@ from tests.drift import Drift, DriftRollout
 def test_an_interrupted_clip_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, told = Drift(), list[tuple[int, int]]()
     whole = generate(model, tmp_path / "whole.mp4", 20)
-    assert read_video(whole, sampling="all").frames.shape == (20, 16, 16, 3)
+    assert read_video(whole, sampling="all").frames.shape == (20, 128, 128, 3)
     cut = tmp_path / "cut.mp4"
     real = DriftRollout._block
 
@@ -118,6 +118,16 @@ def test_all_that_decides_a_clip_is_in_its_key() -> None:
     model.register_to_config(start=3)
     keys.add(_key(model, 3, {"prompt": (features, None)}))
     assert len(keys) == 8
+
+
+def test_small_frames_keep_their_colours_in_a_file(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    assert enlarged(np.zeros((1, 480, 832, 3), np.uint8)).shape == (1, 480, 832, 3)
+    write_video(enlarged(frames), tmp_path / "a.mp4")
+    back = read_video(tmp_path / "a.mp4", sampling="all").frames.reshape(4, 16, 8, 16, 8, 3).mean((2, 4))
+    write_video(frames, tmp_path / "small.mp4")
+    small = read_video(tmp_path / "small.mp4", sampling="all").frames
+    assert np.abs(back - frames).mean() < 0.2 * np.abs(small.astype(float) - frames).mean()
 
 
 def test_wrong_options_are_refused_before_work(tmp_path: Path) -> None:

@@ -460,8 +460,10 @@ def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match="no pixels"):
         a_model(out_channels=4, in_channels=4).rollout(3, prompt=prompts[:1])
     short = a_model(rope_max_seq_len=6)
+    with pytest.raises(InputError, match='number 6.*positions="relative"'):
+        short.rollout(8, prompt=prompts[:1])
     with pytest.raises(InputError, match='number 6 frames.*positions="relative"'):
-        list(short.rollout(8, prompt=prompts[:1]))
+        fed(short, latents(short, 8), prompts[:1])
     relative = a_model(rope_max_seq_len=6, positions="relative")
     assert sum(map(len, relative.rollout(8, prompt=prompts[:1]))) == 8
     with pytest.raises(InputError, match="Use a cache"):

@@ -404,6 +404,21 @@ def test_what_a_cache_refuses() -> None:
         model(latents(3, model), torch.zeros(1), cache=cache)
 
 
+def test_given_frames_that_were_written_large_are_the_small_ones() -> None:
+    model, small = build(in_channels=3), torch.from_numpy(frames(2))
+    large = small.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    torch.testing.assert_close(model.encode_frames(large), model.encode_frames(small), atol=1e-6, rtol=1e-6)
+
+
+def test_the_chain_is_no_coarser_than_float32() -> None:
+    model, kinds = build().bfloat16(), set()
+    scheduler = model.build_scheduler(2)
+    step = scheduler.step
+    scheduler.step = lambda said, t, sample, **options: kinds.add(sample.dtype) or step(said, t, sample, **options)
+    assert Denoising(model, scheduler).chunk(latents(3, model).bfloat16(), 0).dtype == torch.bfloat16
+    assert kinds == {torch.float32}
+
+
 def test_a_switch_before_the_first_frame_counts() -> None:
     model = build(caption_channels=8)
     words = [(torch.randn(1, 6, 8).double(), torch.ones(1, 6).long()) for _ in range(2)]

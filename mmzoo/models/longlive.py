@@ -685,7 +685,13 @@ class LongLiveRollout(Rollout):
         if any(side != int(side) for side in size):
             raise InputError(f"Height and width are multiples of {scale} pixels, not {height} and {width}.")
         block, latents = model.config.frames_per_block, 1 + math.ceil((num_frames - 1) / ratio)
-        window = None if model.config.window else math.ceil(latents / block) * block
+        whole = math.ceil(latents / block) * block
+        if model.config.positions == "absolute" and whole > model.config.rope_max_seq_len:
+            raise InputError(
+                f"A clip of {num_frames} frames is {whole} frames of latents, and absolute positions number "
+                f'{model.config.rope_max_seq_len}. Longer clips need positions="relative".'
+            )
+        window = None if model.config.window else whole
         self.stream = Stream(model, self.prompts[:1], size=[int(side) for side in size], window=window, **options)
         self.decoder = StreamingDecoder(model.part("vae")) if model.decodes else None
         if self.decoder is None and model.config.out_channels != 3:

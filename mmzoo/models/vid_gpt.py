@@ -708,6 +708,9 @@ def _grid_sines(width: int, rows: int, columns: int, scale: float) -> Tensor:
     return torch.cat(list(halves), 1).float()
 
 
+_SMOOTH: dict[str, Any] = {"mode": "bilinear", "antialias": True}
+
+
 def _covering(frames: Tensor, size: Sequence[int]) -> Tensor:
     """float32 [F, 3, h, w] in -1..1 of uint8 [F, H, W, 3]."""
     pixels = torch.as_tensor(frames).movedim(-1, 1).float() / 127.5 - 1
@@ -715,7 +718,8 @@ def _covering(frames: Tensor, size: Sequence[int]) -> Tensor:
     factor = max(height / rows, width / columns)
     if factor != 1:
         scaled = [max(height, round(rows * factor)), max(width, round(columns * factor))]
-        pixels = F.interpolate(pixels, scaled, mode="bilinear", antialias=True)
+        smaller = rows % scaled[0] == 0 and columns % scaled[1] == 0  # pixels that were written large come back whole
+        pixels = F.interpolate(pixels, scaled, **({"mode": "area"} if smaller else _SMOOTH))
     top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
     return pixels[..., top : top + height, left : left + width]
 
@@ -770,7 +774,7 @@ class Denoising:
         seen: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Clean frames [B, X, F, h, w] of noise [B, X, F, h, w].
+        """Clean frames [B, X, F, h, w] of noise [B, X, F, h, w]. The chain runs in float32 at least.
 
         Args:
             noise: of the chunk.
@@ -779,10 +783,10 @@ class Denoising:
             seen: those frames themselves, [B, X, P, h, w], which are computed again in every step.
             generator: of the noise of each step.
         """
-        sample, features = noise, self._texts()
+        sample, features = noise.to(torch.promote_types(noise.dtype, torch.float32)), self._texts()
         past = 0 if seen is None else seen.shape[2]
         for t in self.scheduler.timesteps:
-            block = sample if seen is None else torch.cat([seen, sample], 2)
+            block = sample.to(noise.dtype) if seen is None else torch.cat([seen, sample.to(noise.dtype)], 2)
             said = self.model(
                 self._doubled(block),
                 t.expand(len(block) * (1 + self.guided)),
@@ -790,9 +794,9 @@ class Denoising:
                 num_prompt_frames=past,
                 first_frame=first_frame - past,
                 cache=cache,
-            )[:, :, past:]
+            )[:, :, past:].to(sample.dtype)
             sample = self.scheduler.step(self._guide(said), t, sample, generator=generator).prev_sample
-        return sample
+        return sample.to(noise.dtype)
 
     def _guide(self, said: Tensor) -> Tensor:
         """The guided mean, with the variance of the prompt's half; without it where the chain does not learn it."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmzoo.models.vid_gpt import Denoising, ViDGPT, ViDGPTCache
+from mmzoo.models.vid_gpt import Denoising, ViDGPT, ViDGPTCache, progressive
 from mmzoo.world import COLOURS, Clip
 
 
@@ -40,7 +40,7 @@ def continued(
     denoising = Denoising(model, model.build_scheduler(num_steps))
     cache = ViDGPTCache(model) if model.config.rule != "bidirectional" else None
     clip = (given.permute(0, 4, 1, 2, 3).float() / 127.5 - 1).to(model.device)
-    shown, written = clip[:, :, :0], 0
+    shown, written, before = clip[:, :, :0], 0, None
     while clip.shape[2] < num_frames or written == 0:
         new = clip[:, :, written:]
         if perturb:
@@ -53,6 +53,8 @@ def continued(
         else:
             shown, written = torch.cat([shown, new], 2), written + new.shape[2]
         noise = torch.randn((len(clip), clip.shape[1], model.config.chunk_frames, *clip.shape[3:]), generator=random)
+        noise = progressive(noise, model.config.progressive_noise, before)
+        before = noise[:, :, -1]
         seen = None if cache is not None else shown[:, :, -model.config.window :]
         clip = torch.cat([clip, denoising.chunk(noise.to(clip), written, cache, seen, random)], 2)
     return ((clip[:, :, :num_frames] + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).cpu()
