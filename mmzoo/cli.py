@@ -119,16 +119,24 @@ def mask(
     """Print a rule and draw its mask over a layout."""
     from mmzoo import masks
     from mmzoo.attention import draw
-    from mmzoo.attention.drawing import EXAMPLE_OPTIONS
+    from mmzoo.attention.drawing import EXAMPLE_OPTIONS, check_drawable
     from mmzoo.layout import lay_out
 
     if rule == "list":
         console.print("\n".join(masks.RULES))
         return
     found = masks.rule(rule, **EXAMPLE_OPTIONS.get(rule, {}))
+    spans = [_span(word) for word in layout.split()]
+    num_tokens = sum(span.frames * span.rows * span.columns for span in spans)
+    if num_tokens == 0:
+        raise InputError(f"The layout {layout!r} has no tokens. {_SPANS}")
+    check_drawable(num_tokens)
     for one in found if isinstance(found, tuple) else (found,):
         console.print(repr(one))
-    console.print(f"drawn in {draw(found, lay_out(*map(_span, layout.split())), output)}")
+    console.print(f"drawn in {draw(found, lay_out(*spans), output)}")
+
+
+_SPANS = "Write spans such as text:4, answer:3, image:3x3 or video:3x2x2 (frames first), with spaces between them."
 
 
 def _span(word: str) -> Any:
@@ -144,7 +152,7 @@ def _span(word: str) -> Any:
     try:
         return makers[kind](*map(int, size.split("x")))
     except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"Cannot read the span {word!r}. Write text:4, answer:3, image:3x3 or video:3x2x2.") from error
+        raise InputError(f"Cannot read the span {word!r}. {_SPANS}") from error
 
 
 @app.command()
@@ -428,12 +436,16 @@ def _print_answers(rows: list[tuple[str, Answer, str | None]]) -> None:
 
 def _draw(model: MultimodalLM, answer: Answer, folder: Path, stem: str = "") -> None:
     from mmzoo.attention import draw
+    from mmzoo.attention.drawing import MAX_DRAWN
     from mmzoo.media.sheet import contact_sheet
 
     prefix = f"{stem}_" if stem else ""
     if answer.video is not None:
         console.print(f"frames:  {contact_sheet(answer.video, folder / f'{prefix}frames.png')}")
-    console.print(f"mask:    {draw(model.rule, answer.layout, folder / f'{prefix}mask.png')}")
+    if len(answer.layout) > MAX_DRAWN:
+        console.print(f"mask:    not drawn: {len(answer.layout):,} tokens, more than {MAX_DRAWN:,}")
+    else:
+        console.print(f"mask:    {draw(model.rule, answer.layout, folder / f'{prefix}mask.png')}")
 
 
 def main() -> None:

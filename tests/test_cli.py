@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import mmzoo
 from mmzoo import cli, hub
+from mmzoo.attention import drawing
 from mmzoo.masks import RULES
 from mmzoo.world import make_clip, write_clip
 
@@ -89,6 +90,13 @@ def test_every_mask_is_drawn(name: str, tmp_path: Path) -> None:
         (["ask", "aki-tiny", "why", "--image", "x.png"], "NoPretrainedWeights"),
         (["mask", "moebius"], "Unknown rule 'moebius'"),
         (["mask", "causal", "--layout", "text:many"], "Cannot read the span 'text:many'"),
+        (
+            ["mask", "causal", "--layout", "text:4001"],
+            "The layout has 4,001 tokens; a mask is drawn over at most 4,000",
+        ),
+        (["mask", "causal", "--layout", "video:9999x9999x9999"], "The layout has 999,700,029,999 tokens"),
+        (["mask", "causal", "--layout", ""], "The layout '' has no tokens. Write spans such as text:4"),
+        (["mask", "causal", "--layout", "text:0"], "The layout 'text:0' has no tokens. Write spans such as text:4"),
         (["fit", "--config", "nothing"], "No recipe or file named 'nothing'"),
     ],
 )
@@ -114,3 +122,14 @@ def test_training_without_lightning_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "mmzoo_training.cli", None)
     assert "mmzoo[train]" in failure(monkeypatch, capsys, "fit", "--config", "aki-nano")
+
+
+def test_a_mask_that_is_too_large_to_draw_is_said_so_beside_the_answer(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "MAX_DRAWN", 8)
+    Image.fromarray(make_clip(0).frames[4]).save(tmp_path / "frame.png")
+    shown = run("ask", tiny, "what", "--image", f"{tmp_path}/frame.png", "-o", f"{tmp_path}/out")
+    assert "confidence" in shown
+    assert "not drawn" in shown
+    assert not (tmp_path / "out").exists()
