@@ -80,7 +80,7 @@ def ask(
     """Ask a model about a video or an image."""
     if (video is None) == (image is None):
         raise InputError("Give one of --video and --image.")
-    model = _load(name, attention=attention, device=device)
+    model = _load_answering(name, attention=attention, device=device)
     answer = model.ask(video or image, question)
     _print_answers([(question, answer, None)])
     _draw(model, answer, output)
@@ -100,7 +100,7 @@ def attend(
     """Draw which frames and patches an answer looked at."""
     if (video is None) == (image is None):
         raise InputError("Give one of --video and --image.")
-    maps = _load(name, device=device).attend(video or image, question)
+    maps = _load_answering(name, device=device).attend(video or image, question)
     _print_answers([(question, maps.answer, None)])
     shares = {kind: float(share.mean(0).mean(0)[0]) for kind, share in maps.by_class().items()}
     whole = sum(shares.values())  # 2 where two softmaxes are added
@@ -420,6 +420,19 @@ def _load(name: str, **options: Any) -> MultimodalLM:
     logging.disable_progress_bar()
     with console.status(f"loading {name}"):
         return mmzoo.load(name, **options)
+
+
+def _load_answering(name: str, **options: Any) -> MultimodalLM:
+    """The model. Raises InputError if it is a generator."""
+    from mmzoo.language import MultimodalLM
+
+    model = _load(name, **options)
+    if not isinstance(model, MultimodalLM):
+        raise InputError(
+            f"{name} generates and answers no questions; `mmzoo generate` runs such models, and "
+            "`mmzoo list --task video-text-to-text` shows those that answer."
+        )
+    return model
 
 
 def _print_answers(rows: list[tuple[str, Answer, str | None]]) -> None:

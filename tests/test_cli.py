@@ -64,6 +64,16 @@ def test_ask_takes_an_image(tiny: str, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mask.png"]
 
 
+@pytest.mark.parametrize("command", ["ask", "attend"])
+def test_a_generator_is_not_asked(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    folder = str(hub.save(mmzoo.create("vid-gpt-tiny"), tmp_path / "generator"))
+    shown = failure(monkeypatch, capsys, command, folder, "why", "--image", "x.png")
+    assert f"InputError: {folder} generates and answers no questions; `mmzoo generate`" in shown
+
+
 def test_demo_answers_about_the_shipped_clips(tmp_path: Path) -> None:
     shown = run("demo", "-o", str(tmp_path))
     assert "right answer" in shown
