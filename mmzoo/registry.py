@@ -147,11 +147,13 @@ def create(
 
     Raises:
         UnknownModel: no such name.
+        InputError: no such device here.
         UnsupportedMask: the backend cannot express the model's rule.
     """
     import torch
 
     found = entry(name)
+    _check_device(device)
     module = found.module
     with torch.device(device):
         model = module.MODEL.build({**module.CONFIGS[name], **overrides}, dtype or torch.float32)
@@ -191,6 +193,7 @@ def load(
 
     Raises:
         UnknownModel: no such name.
+        InputError: no such device here.
         NoPretrainedWeights: no weights are known for it.
         CheckpointError: the checkpoint is missing, damaged, or of another model.
         UnsupportedMask: the backend cannot express the model's rule.
@@ -211,8 +214,11 @@ def load(
             )
     else:
         found, place = next((one for one in _ENTRIES.values() if one.weights == name), None), name
+    placed = {"device_map", "quantization_config"} & loading.keys()
+    if not placed:
+        _check_device(device)
     model = hub.load_from(place, found, dtype=dtype, verify=verify, token=token, endpoint=endpoint, **loading)
-    if not {"device_map", "quantization_config"} & loading.keys():
+    if not placed:
         model = model.to(device)
     model.set_attention(attention)
     if found and found.non_commercial:
@@ -220,6 +226,21 @@ def load(
             f"The weights of {name!r} are licensed {found.license}: non-commercial use only.", NonCommercialWeights, 2
         )
     return model.eval()
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raises InputError where nothing can be put on the device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # by kind of device: none, not built in, no package
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise InputError(
+            f"The device {str(device)!r} cannot be used here: {reason}. Use one of {', '.join(there)}."
+        ) from error
 
 
 def families() -> dict[str, ModuleType]:

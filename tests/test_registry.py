@@ -57,6 +57,18 @@ def test_a_new_model_is_one_file_and_one_line(
     assert mmzoo.load(str(hub.save(model, tmp_path / "saved"))).rule.name == "causal"
 
 
+@pytest.mark.parametrize("device", ["foo", "", "hpu", f"cuda:{torch.cuda.device_count()}"])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(
+    device: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = rf"The device '{device}' cannot be used here: .+\. Use one of cpu"
+    with pytest.raises(InputError, match=said):
+        mmzoo.create("aki-tiny", device=device)
+    monkeypatch.setattr(hub, "load_from", None)  # which might download
+    with pytest.raises(InputError, match=said):
+        mmzoo.load(str(saved), device=device)
+
+
 def test_a_name_is_registered_once(own_registry: None) -> None:
     entry = registry.entry("aki-tiny")
     assert mmzoo.register(entry) == entry
