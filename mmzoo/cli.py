@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import mmzoo
 from mmzoo.errors import InputError, MissingExtra, MmzooError
+from mmzoo.registry import tasks
 from mmzoo_eval.cli import app as eval_app
 
 if TYPE_CHECKING:
@@ -34,16 +35,22 @@ console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")]
 
 
+def _table(*heads: str, **options: Any) -> Table:
+    """A table that breaks names and paths that are wider than their column, instead of cutting them."""
+    return Table(*(Column(head, overflow="fold") for head in heads), **options)
+
+
 @app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help="with * and ?")] = "*",
-    task: Annotated[str | None, typer.Option(help="only models for this task")] = None,
+    task: Annotated[str | None, typer.Option(help=f"only models for this task: {', '.join(tasks())}")] = None,
     pretrained: Annotated[bool | None, typer.Option(help="only models with, or without, weights")] = None,
 ) -> None:
     """The models of the zoo."""
     from mmzoo.registry import entry
 
-    table = Table("name", "mask", "positions", "weights", "licence", "summary")
+    table = _table("name", "mask", "positions", "weights", "licence", "summary")
+    table.columns[0].no_wrap = True
     for name in mmzoo.list_models(pattern, task=task, pretrained=pretrained):
         found = entry(name)
         rule = " + ".join(filter(None, (found.rule, found.connector_rule)))
@@ -165,7 +172,7 @@ def doctor() -> None:
     console.print(f"mmzoo {mmzoo.__version__}, python {sys.version.split()[0]}")
     console.print(", ".join(f"{package} {version}" for package, version in versions().items()))
     for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
-        table = Table("rule", *BACKENDS, title=f"{device}: {device_name(device)}")
+        table = _table("rule", *BACKENDS, title=f"{device}: {device_name(device)}")
         with console.status(f"running every rule on every backend on {device}"):
             for rule in EXAMPLES:
                 table.add_row(rule, *(cell(rule, attention, device) for attention in BACKENDS))
@@ -328,7 +335,7 @@ def check(
     bad = [unreadable(record) for record in records] if read_media else []
     problems += [problem for found in bad for problem in found]
     if problems:
-        table = Table("file", "line", "field", "problem")
+        table = _table("file", "line", "field", "problem")
         for problem in problems:
             table.add_row(*(escape(str(part)) for part in problem))
         console.print(table)
@@ -369,7 +376,7 @@ def _reproduce(claim: Claim, seeds: int, folder: Path, jobs: int) -> None:
         found = rerun.reproduce(claim, seeds, folder, jobs, lambda done: progress.advance(task, done))
     titles = f"{claim.name} ({claim.paper}): {claim.metric}", "other scores, means over the seeds"
     for title, (head, body) in zip(titles, rerun.tables(claim, found), strict=True):
-        table = Table(*head, title=title)
+        table = _table(*head, title=title)
         for row in body:
             table.add_row(*row)
         console.print(table)
@@ -437,7 +444,7 @@ def _load_answering(name: str, **options: Any) -> MultimodalLM:
 
 def _print_answers(rows: list[tuple[str, Answer, str | None]]) -> None:
     with_truth = any(right is not None for _, _, right in rows)
-    table = Table("question", "answer", *(["right answer"] if with_truth else []), "confidence")
+    table = _table("question", "answer", *(["right answer"] if with_truth else []), "confidence")
     for question, answer, right in rows:
         truth = [] if not with_truth else [f"[{'green' if answer.text == right else 'red'}]{right}[/]"]
         table.add_row(escape(question), escape(answer.text), *truth, f"{answer.confidence:.2f}")

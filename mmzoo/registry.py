@@ -106,6 +106,11 @@ def entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
+def tasks() -> list[str]:
+    """The tasks of the registered models, in alphabetical order."""
+    return sorted({entry.task for entry in _ENTRIES.values()})
+
+
 def list_models(
     pattern: str = "*", *, task: str | None = None, pretrained: bool | None = None, library: str | None = None
 ) -> list[str]:
@@ -116,7 +121,12 @@ def list_models(
         task: only models for this task.
         pretrained: only models with (True) or without (False) weights.
         library: only understanding models ("transformers"), or only generators ("diffusers").
+
+    Raises:
+        InputError: no model is for this task.
     """
+    if task is not None and task not in tasks():
+        raise InputError(f"No model is for the task {task!r}. The tasks are {', '.join(tasks())}.")
     found = [
         entry.name
         for entry in _ENTRIES.values()

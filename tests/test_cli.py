@@ -39,6 +39,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_models_are_listed() -> None:
     assert "aki-tiny" in run("list")
     assert "aki-4b" not in run("list", "*-tiny")
+    generators = run("list", "--task", "text-to-video")
+    assert "longlive-1.3b" in generators and "aki-4b" not in generators
+
+
+def test_no_name_is_cut() -> None:
+    shown = run("list")
+    assert "…" not in shown
+    assert all(name in shown for name in mmzoo.list_models())
 
 
 def test_info_shows_size_and_rule() -> None:
@@ -95,6 +103,7 @@ def test_every_mask_is_drawn(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["list", "--task", "nonsense"], "No model is for the task 'nonsense'. The tasks are image-text-to-text, "),
         (["info", "aki-5b"], "UnknownModel: Unknown model 'aki-5b'"),
         (["ask", "aki-tiny", "why"], "Give one of --video and --image"),
         (["ask", "aki-tiny", "why", "--image", "x.png"], "NoPretrainedWeights"),
