@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from types import ModuleType
@@ -77,12 +79,29 @@ class Entry:
         """The family's module, imported."""
         if self.library == "diffusers" and importlib.util.find_spec("diffusers") is None:
             raise MissingExtra("diffusers", "diffusion", f"The generator {self.name}")
+        if self.library == "diffusers":
+            importlib.import_module("mmzoo.generation")  # first, for it imports diffusers without advice
         return importlib.import_module(self.family if "." in self.family else f"mmzoo.models.{self.family}")
 
     @property
     def non_commercial(self) -> bool:
         """Whether the licence of the weights forbids commercial use."""
         return self.license is not None and "-nc" in self.license
+
+
+@contextmanager
+def without_kernel_advice() -> Iterator[None]:
+    """Imports diffusers without what its bitsandbytes says on some CPUs of 4-bit weights, which no generator has."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.msg.startswith("Failed to load CPU gemm_4bit_forward")
+
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 _ENTRIES: dict[str, Entry] = {}
