@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 import mmzoo
 from mmzoo.errors import InputError, MissingExtra, MmzooError
+from mmzoo.files import check_png
 from mmzoo.registry import tasks
 from mmzoo_eval.cli import app as eval_app
 
@@ -107,6 +108,7 @@ def attend(
     """Draw which frames and patches an answer looked at."""
     if (video is None) == (image is None):
         raise InputError("Give one of --video and --image.")
+    check_png(output)  # before the work
     maps = _load_answering(name, device=device).attend(video or image, question)
     _print_answers([(question, maps.answer, None)])
     shares = {kind: float(share.mean(0).mean(0)[0]) for kind, share in maps.by_class().items()}

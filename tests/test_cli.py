@@ -104,6 +104,8 @@ def test_every_mask_is_drawn(name: str, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["list", "--task", "nonsense"], "No model is for the task 'nonsense'. The tasks are image-text-to-text, "),
+        (["mask", "causal", "-o", "mask.foo"], "'mask.foo' does not end in .png"),
+        (["attend", "aki-5b", "why", "--image", "x.png", "-o", "map.jpg"], "'map.jpg' does not end in .png"),
         (["info", "aki-5b"], "UnknownModel: Unknown model 'aki-5b'"),
         (["ask", "aki-tiny", "why"], "Give one of --video and --image"),
         (["ask", "aki-tiny", "why", "--image", "x.png"], "NoPretrainedWeights"),

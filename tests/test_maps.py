@@ -90,6 +90,8 @@ def test_what_is_not_there_is_not_drawn(what: str, last: int, maps: AttentionMap
     for number in (last + 1, -last - 2):
         with pytest.raises(InputError, match=f"There is no {what} {number}. Choose from 0 to {last}"):
             maps.draw(tmp_path / "other.png", **{what: number})
+    with pytest.raises(InputError, match="does not end in .png"):
+        maps.draw(tmp_path / "map.jpg")
     assert [file.name for file in tmp_path.iterdir()] == ["map.png"]
 
 

@@ -11,7 +11,7 @@ import torch
 from mmzoo import masks
 from mmzoo.attention.compiler import allowed
 from mmzoo.errors import InputError
-from mmzoo.files import replacing
+from mmzoo.files import check_png, replacing
 from mmzoo.layout import Modality, Role, TokenLayout, image, lay_out, text, video
 from mmzoo.masks.ccam import query_layout
 from mmzoo.masks.rule import Rule
@@ -60,11 +60,12 @@ def draw(
         The path.
 
     Raises:
-        InputError: more than `MAX_DRAWN` tokens on a side, or none.
+        InputError: more than `MAX_DRAWN` tokens on a side, or none; a path that does not end in .png.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    check_png(path)
     for side in (queries, queries if keys is None else keys):
         check_drawable(len(side))
 

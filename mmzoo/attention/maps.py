@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmzoo.attention.drawing import token_classes
 from mmzoo.errors import InputError
-from mmzoo.files import replacing
+from mmzoo.files import check_png, replacing
 from mmzoo.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ class AttentionMaps:
             layer, head: one of them; the mean over all if None.
 
         Raises:
-            InputError: no such token, layer or head.
+            InputError: no such token, layer or head; a path that does not end in .png.
         """
         from matplotlib.figure import Figure
 
+        check_png(path)
         layers, heads, tokens = self.weights.shape[:3]
         for what, number, count in (("layer", layer, layers), ("head", head, heads), ("token", token, tokens)):
             if number is not None and not -count <= number < count:
