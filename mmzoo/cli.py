@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import mmzoo
 from mmzoo.errors import InputError, MissingExtra, MmzooError
+from mmzoo.files import check_png
+from mmzoo.registry import tasks
 from mmzoo_eval.cli import app as eval_app
 
 if TYPE_CHECKING:
@@ -35,16 +37,22 @@ console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")]
 
 
+def _table(*heads: str, **options: Any) -> Table:
+    """A table that breaks names and paths that are wider than their column, instead of cutting them."""
+    return Table(*(Column(head, overflow="fold") for head in heads), **options)
+
+
 @app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help="with * and ?")] = "*",
-    task: Annotated[str | None, typer.Option(help="only models for this task")] = None,
+    task: Annotated[str | None, typer.Option(help=f"only models for this task: {', '.join(tasks())}")] = None,
     pretrained: Annotated[bool | None, typer.Option(help="only models with, or without, weights")] = None,
 ) -> None:
     """The models of the zoo."""
     from mmzoo.registry import entry
 
-    table = Table("name", "mask", "positions", "weights", "licence", "summary")
+    table = _table("name", "mask", "positions", "weights", "licence", "summary")
+    table.columns[0].no_wrap = True
     for name in mmzoo.list_models(pattern, task=task, pretrained=pretrained):
         found = entry(name)
         rule = " + ".join(filter(None, (found.rule, found.connector_rule)))
@@ -81,7 +89,7 @@ def ask(
     """Ask a model about a video or an image."""
     if (video is None) == (image is None):
         raise InputError("Give one of --video and --image.")
-    model = _load(name, attention=attention, device=device)
+    model = _load_answering(name, attention=attention, device=device)
     answer = model.ask(video or image, question)
     _print_answers([(question, answer, None)])
     _draw(model, answer, output)
@@ -101,7 +109,8 @@ def attend(
     """Draw which frames and patches an answer looked at."""
     if (video is None) == (image is None):
         raise InputError("Give one of --video and --image.")
-    maps = _load(name, device=device).attend(video or image, question)
+    check_png(output)  # before the work
+    maps = _load_answering(name, device=device).attend(video or image, question)
     _print_answers([(question, maps.answer, None)])
     shares = {kind: float(share.mean(0).mean(0)[0]) for kind, share in maps.by_class().items()}
     whole = sum(shares.values())  # 2 where two softmaxes are added
@@ -120,16 +129,24 @@ def mask(
     """Print a rule and draw its mask over a layout."""
     from mmzoo import masks
     from mmzoo.attention import draw
-    from mmzoo.attention.drawing import EXAMPLE_OPTIONS
+    from mmzoo.attention.drawing import EXAMPLE_OPTIONS, check_drawable
     from mmzoo.layout import lay_out
 
     if rule == "list":
         console.print("\n".join(masks.RULES))
         return
     found = masks.rule(rule, **EXAMPLE_OPTIONS.get(rule, {}))
+    spans = [_span(word) for word in layout.split()]
+    num_tokens = sum(span.frames * span.rows * span.columns for span in spans)
+    if num_tokens == 0:
+        raise InputError(f"The layout {layout!r} has no tokens. {_SPANS}")
+    check_drawable(num_tokens)
     for one in found if isinstance(found, tuple) else (found,):
         console.print(repr(one))
-    console.print(f"drawn in {draw(found, lay_out(*map(_span, layout.split())), output)}")
+    console.print(f"drawn in {draw(found, lay_out(*spans), output)}")
+
+
+_SPANS = "Write spans such as text:4, answer:3, image:3x3 or video:3x2x2 (frames first), with spaces between them."
 
 
 def _span(word: str) -> Any:
@@ -145,7 +162,7 @@ def _span(word: str) -> Any:
     try:
         return makers[kind](*map(int, size.split("x")))
     except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"Cannot read the span {word!r}. Write text:4, answer:3, image:3x3 or video:3x2x2.") from error
+        raise InputError(f"Cannot read the span {word!r}. {_SPANS}") from error
 
 
 @app.command()
@@ -158,7 +175,7 @@ def doctor() -> None:
     console.print(f"mmzoo {mmzoo.__version__}, python {sys.version.split()[0]}")
     console.print(", ".join(f"{package} {version}" for package, version in versions().items()))
     for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]:
-        table = Table("rule", *BACKENDS, title=f"{device}: {device_name(device)}")
+        table = _table("rule", *BACKENDS, title=f"{device}: {device_name(device)}")
         with console.status(f"running every rule on every backend on {device}"):
             for rule in EXAMPLES:
                 table.add_row(rule, *(cell(rule, attention, device) for attention in BACKENDS))
@@ -332,7 +349,7 @@ def check(
     bad = [unreadable(record) for record in records] if read_media else []
     problems += [problem for found in bad for problem in found]
     if problems:
-        table = Table("file", "line", "field", "problem")
+        table = _table("file", "line", "field", "problem")
         for problem in problems:
             table.add_row(*(escape(str(part)) for part in problem))
         console.print(table)
@@ -373,7 +390,7 @@ def _reproduce(claim: Claim, seeds: int, folder: Path, jobs: int) -> None:
         found = rerun.reproduce(claim, seeds, folder, jobs, lambda done: progress.advance(task, done))
     titles = f"{claim.name} ({claim.paper}): {claim.metric}", "other scores, means over the seeds"
     for title, (head, body) in zip(titles, rerun.tables(claim, found), strict=True):
-        table = Table(*head, title=title)
+        table = _table(*head, title=title)
         for row in body:
             table.add_row(*row)
         console.print(table)
@@ -426,9 +443,22 @@ def _load(name: str, **options: Any) -> MultimodalLM:
         return mmzoo.load(name, **options)
 
 
+def _load_answering(name: str, **options: Any) -> MultimodalLM:
+    """The model. Raises InputError if it is a generator."""
+    from mmzoo.language import MultimodalLM
+
+    model = _load(name, **options)
+    if not isinstance(model, MultimodalLM):
+        raise InputError(
+            f"{name} generates and answers no questions; `mmzoo generate` runs such models, and "
+            "`mmzoo list --task video-text-to-text` shows those that answer."
+        )
+    return model
+
+
 def _print_answers(rows: list[tuple[str, Answer, str | None]]) -> None:
     with_truth = any(right is not None for _, _, right in rows)
-    table = Table("question", "answer", *(["right answer"] if with_truth else []), "confidence")
+    table = _table("question", "answer", *(["right answer"] if with_truth else []), "confidence")
     for question, answer, right in rows:
         truth = [] if not with_truth else [f"[{'green' if answer.text == right else 'red'}]{right}[/]"]
         table.add_row(escape(question), escape(answer.text), *truth, f"{answer.confidence:.2f}")
@@ -440,12 +470,16 @@ def _print_answers(rows: list[tuple[str, Answer, str | None]]) -> None:
 
 def _draw(model: MultimodalLM, answer: Answer, folder: Path, stem: str = "") -> None:
     from mmzoo.attention import draw
+    from mmzoo.attention.drawing import MAX_DRAWN
     from mmzoo.media.sheet import contact_sheet
 
     prefix = f"{stem}_" if stem else ""
     if answer.video is not None:
         console.print(f"frames:  {contact_sheet(answer.video, folder / f'{prefix}frames.png')}")
-    console.print(f"mask:    {draw(model.rule, answer.layout, folder / f'{prefix}mask.png')}")
+    if len(answer.layout) > MAX_DRAWN:
+        console.print(f"mask:    not drawn: {len(answer.layout):,} tokens, more than {MAX_DRAWN:,}")
+    else:
+        console.print(f"mask:    {draw(model.rule, answer.layout, folder / f'{prefix}mask.png')}")
 
 
 def main() -> None:

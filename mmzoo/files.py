@@ -8,6 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmzoo.errors import InputError
+
+
+def check_png(path: str | Path) -> None:
+    """Raises InputError if the name does not say that the file is a PNG, which every picture is."""
+    if Path(path).suffix.lower() != ".png":
+        raise InputError(f"Pictures are written as PNG, and {str(path)!r} does not end in .png. Name it so.")
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:

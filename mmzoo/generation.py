@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
 
 from mmzoo.errors import InputError, UnsupportedMask
 from mmzoo.masks import Rule
+from mmzoo.registry import without_kernel_advice
+
+with without_kernel_advice():
+    from diffusers import ConfigMixin, ModelMixin
 
 BACKENDS = ("sdpa", "eager")
 

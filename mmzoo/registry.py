@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from types import ModuleType
@@ -77,12 +79,29 @@ class Entry:
         """The family's module, imported."""
         if self.library == "diffusers" and importlib.util.find_spec("diffusers") is None:
             raise MissingExtra("diffusers", "diffusion", f"The generator {self.name}")
+        if self.library == "diffusers":
+            importlib.import_module("mmzoo.generation")  # first, for it imports diffusers without advice
         return importlib.import_module(self.family if "." in self.family else f"mmzoo.models.{self.family}")
 
     @property
     def non_commercial(self) -> bool:
         """Whether the licence of the weights forbids commercial use."""
         return self.license is not None and "-nc" in self.license
+
+
+@contextmanager
+def without_kernel_advice() -> Iterator[None]:
+    """Imports diffusers without what its bitsandbytes says on some CPUs of 4-bit weights, which no generator has."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.msg.startswith("Failed to load CPU gemm_4bit_forward")
+
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -106,6 +125,11 @@ def entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
+def tasks() -> list[str]:
+    """The tasks of the registered models, in alphabetical order."""
+    return sorted({entry.task for entry in _ENTRIES.values()})
+
+
 def list_models(
     pattern: str = "*", *, task: str | None = None, pretrained: bool | None = None, library: str | None = None
 ) -> list[str]:
@@ -116,7 +140,12 @@ def list_models(
         task: only models for this task.
         pretrained: only models with (True) or without (False) weights.
         library: only understanding models ("transformers"), or only generators ("diffusers").
+
+    Raises:
+        InputError: no model is for this task.
     """
+    if task is not None and task not in tasks():
+        raise InputError(f"No model is for the task {task!r}. The tasks are {', '.join(tasks())}.")
     found = [
         entry.name
         for entry in _ENTRIES.values()
@@ -147,11 +176,13 @@ def create(
 
     Raises:
         UnknownModel: no such name.
+        InputError: no such device here.
         UnsupportedMask: the backend cannot express the model's rule.
     """
     import torch
 
     found = entry(name)
+    _check_device(device)
     module = found.module
     with torch.device(device):
         model = module.MODEL.build({**module.CONFIGS[name], **overrides}, dtype or torch.float32)
@@ -191,6 +222,7 @@ def load(
 
     Raises:
         UnknownModel: no such name.
+        InputError: no such device here.
         NoPretrainedWeights: no weights are known for it.
         CheckpointError: the checkpoint is missing, damaged, or of another model.
         UnsupportedMask: the backend cannot express the model's rule.
@@ -211,8 +243,11 @@ def load(
             )
     else:
         found, place = next((one for one in _ENTRIES.values() if one.weights == name), None), name
+    placed = {"device_map", "quantization_config"} & loading.keys()
+    if not placed:
+        _check_device(device)
     model = hub.load_from(place, found, dtype=dtype, verify=verify, token=token, endpoint=endpoint, **loading)
-    if not {"device_map", "quantization_config"} & loading.keys():
+    if not placed:
         model = model.to(device)
     model.set_attention(attention)
     if found and found.non_commercial:
@@ -220,6 +255,21 @@ def load(
             f"The weights of {name!r} are licensed {found.license}: non-commercial use only.", NonCommercialWeights, 2
         )
     return model.eval()
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raises InputError where nothing can be put on the device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # by kind of device: none, not built in, no package
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        raise InputError(
+            f"The device {str(device)!r} cannot be used here: {reason}. Use one of {', '.join(there)}."
+        ) from error
 
 
 def families() -> dict[str, ModuleType]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmzoo import masks
-from mmzoo.attention import BACKENDS, allowed, attend, backend, draw
+from mmzoo.attention import BACKENDS, allowed, attend, backend, draw, drawing
 from mmzoo.attention.backends import Mask, eager_attention
 from mmzoo.attention.drawing import CLASSES, token_classes
 from mmzoo.errors import InputError, UnsupportedMask
@@ -566,6 +566,19 @@ def test_a_picture_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("mask.png", b"an earlier picture")]
     with pytest.raises(IndexError):
         draw(masks.causal(), PICTURED, tmp_path / "other.png", row=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["mask.png"]
+
+
+def test_a_mask_over_too_many_tokens_or_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "MAX_DRAWN", 8)
+    few, many = lay_out(text(8)), lay_out(text(9))
+    draw(masks.causal(), few, tmp_path / "mask.png")
+    for queries, keys in ((many, None), (few, many)):
+        with pytest.raises(InputError, match="has 9 tokens; a mask is drawn over at most 8"):
+            draw(masks.causal(), queries, tmp_path / "other.png", keys)
+    for queries, keys in ((lay_out(), None), (few, lay_out())):
+        with pytest.raises(InputError, match="no tokens"):
+            draw(masks.causal(), queries, tmp_path / "other.png", keys)
     assert [file.name for file in tmp_path.iterdir()] == ["mask.png"]
 
 

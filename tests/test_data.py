@@ -357,10 +357,20 @@ def test_a_problem_says_where_and_what(folder: Path, tmp_path: Path, record: Any
 def test_every_problem_of_a_record_is_found(folder: Path, tmp_path: Path) -> None:
     record = {"messages": said("<image>", " "), "images": ["x.png", "y.png"]}
     _, problems = load_records([(lines(tmp_path / "a.jsonl", [record]), None, folder)])
-    assert [one.field for one in problems] == ["images[0]", "images[1]"]
+    assert [one.field for one in problems] == ["images[0]", "images[1]", "messages[1]", "images"]
     record["images"] = []
     _, problems = load_records([(lines(tmp_path / "a.jsonl", [record]), None, folder)])
     assert [one.field for one in problems] == ["messages[1]", "images"]
+    record = {"messages": [*said("what", "red")[::-1], *said("<image>", " ")], "images": ["x.png"]}
+    _, problems = load_records([(lines(tmp_path / "a.jsonl", [record]), None, folder)])
+    assert [one.field for one in problems] == ["images[0]", "messages[0]", "messages[3]"]
+
+
+def test_a_folder_that_is_not_there_is_told_from_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"There is no file or folder '.*none'"):
+        load_records([(tmp_path / "none", None, None)])
+    with pytest.raises(InputError, match=r"holds 0 \.json or \.jsonl files and 0 \.tar files"):
+        load_records([(tmp_path, None, None)])
 
 
 def test_the_command_lists_every_problem(folder: Path, tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_a_picture_shows_every_frame(maps: AttentionMaps, tmp_path: Path) -> Non
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
 
 
+@pytest.mark.parametrize(("what", "last"), [("layer", 1), ("head", 3), ("token", 3)])
+def test_what_is_not_there_is_not_drawn(what: str, last: int, maps: AttentionMaps, tmp_path: Path) -> None:
+    for number in (last, -last - 1):
+        maps.draw(tmp_path / "map.png", **{what: number})
+    for number in (last + 1, -last - 2):
+        with pytest.raises(InputError, match=f"There is no {what} {number}. Choose from 0 to {last}"):
+            maps.draw(tmp_path / "other.png", **{what: number})
+    with pytest.raises(InputError, match="does not end in .png"):
+        maps.draw(tmp_path / "map.jpg")
+    assert [file.name for file in tmp_path.iterdir()] == ["map.png"]
+
+
 def test_without_compression_a_token_is_a_patch() -> None:
     model = mmzoo.create("aki-tiny", connector="linear", num_vision_tokens=16)
     maps = model.attend(Image.fromarray(clip(0)[0]), QUESTION, max_new_tokens=2)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
+import runpy
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +60,18 @@ def test_a_new_model_is_one_file_and_one_line(
     model = mmzoo.load("toy-tiny", weights=None)
     assert model.rule.name == "causal"
     assert mmzoo.load(str(hub.save(model, tmp_path / "saved"))).rule.name == "causal"
+
+
+@pytest.mark.parametrize("device", ["foo", "", "hpu", f"cuda:{torch.cuda.device_count()}"])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(
+    device: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = rf"The device '{device}' cannot be used here: .+\. Use one of cpu"
+    with pytest.raises(InputError, match=said):
+        mmzoo.create("aki-tiny", device=device)
+    monkeypatch.setattr(hub, "load_from", None)  # which might download
+    with pytest.raises(InputError, match=said):
+        mmzoo.load(str(saved), device=device)
 
 
 def test_a_name_is_registered_once(own_registry: None) -> None:
@@ -259,3 +276,31 @@ def test_digests_hold_for_the_weights_they_were_taken_of(own_registry: None, sav
         mmzoo.load("aki-known")
     own = shutil.copytree(saved, tmp_path / "retrained")
     assert mmzoo.load("aki-known", weights=str(own)).processor is not None
+
+
+def test_importing_a_generator_gives_no_advice_on_4_bit_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    class Advising(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name == "ModelMixin":
+                logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
+                logger.warning("another message")
+            return getattr(diffusers, name)
+
+    monkeypatch.setitem(sys.modules, "diffusers", Advising("diffusers"))
+    runpy.run_path(str(Path(mmzoo.__file__).parent / "generation.py"))
+    assert {record.getMessage() for record in caplog.records} == {"another message"}
+    logger.warning("Failed to load CPU gemm_4bit_forward for someone else")
+    assert caplog.messages[-1] == "Failed to load CPU gemm_4bit_forward for someone else"
+
+
+def test_the_base_of_the_generators_is_imported_before_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    order: list[str] = []
+    monkeypatch.setattr(registry.importlib, "import_module", order.append)
+    _ = registry.entry("vid-gpt-nano").module
+    assert order == ["mmzoo.generation", "mmzoo.models.vid_gpt"]

@@ -10,7 +10,8 @@ import torch
 
 from mmzoo import masks
 from mmzoo.attention.compiler import allowed
-from mmzoo.files import replacing
+from mmzoo.errors import InputError
+from mmzoo.files import check_png, replacing
 from mmzoo.layout import Modality, Role, TokenLayout, image, lay_out, text, video
 from mmzoo.masks.ccam import query_layout
 from mmzoo.masks.rule import Rule
@@ -28,6 +29,8 @@ CLASSES = {
     "query": "#da8bc3",
     "padding": "#cccccc",
 }
+MAX_DRAWN = 4000
+"""The tokens of the longest side that is drawn: memory grows with their square, and a picture shows no more of them."""
 _ODD_SEGMENT = 0.72
 """Neighbouring frames and media alternate in brightness by this factor, so that one can count them."""
 
@@ -55,16 +58,23 @@ def draw(
 
     Returns:
         The path.
+
+    Raises:
+        InputError: more than `MAX_DRAWN` tokens on a side, or none; a path that does not end in .png.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+
+    check_png(path)
+    for side in (queries, queries if keys is None else keys):
+        check_drawable(len(side))
 
     rules = rule if isinstance(rule, tuple) else (rule,)
     figure = Figure(figsize=(5.2 * len(rules), 5.6))
     axes = figure.subplots(1, len(rules), squeeze=False)
     shown: set[str] = set()
     for one, axis in zip(rules, axes[0], strict=True):
-        shown |= _draw_one(axis, one, queries, keys or queries, row)
+        shown |= _draw_one(axis, one, queries, queries if keys is None else keys, row)
         axis.set_title(title or one.name, fontsize=12, pad=22)
     patches = [Patch(color=colour, label=name) for name, colour in CLASSES.items() if name in shown]
     figure.legend(handles=patches, loc="lower center", ncol=min(len(patches), 4), frameon=False, fontsize=9)
@@ -72,6 +82,17 @@ def draw(
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return Path(path)
+
+
+def check_drawable(num_tokens: int) -> None:
+    """Raises InputError where a mask over so many tokens is not drawn."""
+    if num_tokens == 0:
+        raise InputError("The layout has no tokens, so there is no mask to draw. Give one with tokens.")
+    if num_tokens > MAX_DRAWN:
+        raise InputError(
+            f"The layout has {num_tokens:,} tokens; a mask is drawn over at most {MAX_DRAWN:,}. Give a smaller layout: "
+            "fewer frames, or fewer patches of each, show the same pattern."
+        )
 
 
 def draw_example(rule: str | Rule | tuple[Rule, Rule], path: str | Path) -> Path:

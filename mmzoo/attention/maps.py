@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmzoo.attention.drawing import token_classes
-from mmzoo.files import replacing
+from mmzoo.errors import InputError
+from mmzoo.files import check_png, replacing
 from mmzoo.layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -74,9 +75,17 @@ class AttentionMaps:
             path: where the PNG goes; it appears there whole or not at all.
             token: which token of the answer.
             layer, head: one of them; the mean over all if None.
+
+        Raises:
+            InputError: no such token, layer or head; a path that does not end in .png.
         """
         from matplotlib.figure import Figure
 
+        check_png(path)
+        layers, heads, tokens = self.weights.shape[:3]
+        for what, number, count in (("layer", layer, layers), ("head", head, heads), ("token", token, tokens)):
+            if number is not None and not -count <= number < count:
+                raise InputError(f"There is no {what} {number}. Choose from 0 to {count - 1}, or from -1 back.")
         chosen = self.by_patch()[:, :, token]
         chosen = chosen.mean(0) if layer is None else chosen[layer]
         heat = (chosen.mean(0) if head is None else chosen[head]).numpy()

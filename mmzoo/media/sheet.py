@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mmzoo.files import replacing
+from mmzoo.files import check_png, replacing
 from mmzoo.media.video import Video
 
 
@@ -19,7 +19,11 @@ def contact_sheet(video: Video, path: str | Path, *, side: int = 160, columns: i
         path: where the PNG goes; it appears there whole or not at all.
         side: pixels of the longer side of a frame.
         columns: frames a row.
+
+    Raises:
+        InputError: a path that does not end in .png.
     """
+    check_png(path)
     height, width = video.frames.shape[1:3]
     scale = side / max(height, width)
     cell = (max(1, round(width * scale)), max(1, round(height * scale)))

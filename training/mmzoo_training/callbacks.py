@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmzoo.attention import draw
+from mmzoo.attention.drawing import MAX_DRAWN
 from mmzoo.attention.maps import AttentionMaps
 from mmzoo.errors import CheckpointError
 from mmzoo.files import replacing
@@ -270,7 +271,8 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 class SampleAnswers(Callback):
     """What the model says to a few questions of the validation set, each time it is validated, and where it looked.
 
-    The log folder has `answers.jsonl`, and for the first question `mask.png`, the mask over its tokens, and
+    The log folder has `answers.jsonl`, and for the first question `mask.png`, the mask over its tokens if they are few
+    enough to be drawn, and
     `attention-STEP.png`, the frames where its answer looked. TensorBoard and W&B get answers and attention too.
 
     A sharded model (FSDP2, ZeRO's stage 3) answers on all processes together, the questions of the first.
@@ -304,7 +306,7 @@ class SampleAnswers(Callback):
             maps = self._attention(model, inputs, labels, **options)
         if trainer.is_global_zero:
             self._write(trainer, folder, said, maps)
-            if not (folder / "mask.png").exists():
+            if inputs["layout"].shape[1] <= MAX_DRAWN and not (folder / "mask.png").exists():
                 draw(model.rule, TokenLayout(inputs["layout"][:1].cpu()), folder / "mask.png")
 
     def _attention(self, model: Any, inputs: Any, labels: Tensor, **options: Any) -> AttentionMaps | None:

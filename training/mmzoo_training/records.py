@@ -405,12 +405,17 @@ def _record(
         say("", f"a record is an object, not {type(raw).__name__}")
     elif chosen := (format if format in FORMATS else _format_of(raw, say)):
         messages, *media = FORMATS[chosen](raw, say)
+        read = not problems  # else what follows would also be said of what is missing here
         if beside is not None:
             media = [_beside(*pair, say) for pair in zip(media, beside, ("images", "videos"), strict=True)]
-        elif folder is not None:
-            media = [_found(*pair, folder, say) for pair in zip(media, ("images", "videos"), strict=True)]
-        if not problems:
+            countable = not problems  # of media that are not in the file, none is left in the list
+        else:
+            countable = read
+            if folder is not None:
+                media = [_found(*pair, folder, say) for pair in zip(media, ("images", "videos"), strict=True)]
+        if read:
             _check_messages(messages, say)
+        if countable:
             for place, media_of, field in zip((IMAGE, VIDEO), media, ("images", "videos"), strict=True):
                 count = sum(message.text.count(place) for message in messages)
                 if count != len(media_of):
@@ -531,17 +536,17 @@ def _media(raw: dict[str, Any], key: str, say: Say) -> list[Any]:
 
 def _check_messages(messages: Sequence[Message], say: Say) -> None:
     """A system message or none, then questions and answers in turn, none of them empty."""
-    opening = 1 if messages[0].role == "system" else 0
+    opening, in_turn = 1 if messages[0].role == "system" else 0, True
     for i, (role, text) in enumerate(messages):
         wanted = "system" if i < opening else ("user", "assistant")[(i - opening) % 2]
-        if role != wanted:
+        if in_turn and role != wanted:  # once: after it every turn is another's
             say(f"messages[{i}]", f"{wanted} is expected to speak, not {role}")
-            return
+            in_turn = False
         if role == "assistant" and not text.strip():
             say(f"messages[{i}]", "the answer is empty")
         if role != "user" and (IMAGE in text or VIDEO in text):
             say(f"messages[{i}]", f"a medium stands with the {role}; it belongs to a question")
-    if messages[-1].role != "assistant":
+    if in_turn and messages[-1].role != "assistant":
         say("messages", "the last question has no answer")
 
 
