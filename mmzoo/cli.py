@@ -228,7 +228,7 @@ def generate(
     given = _given_frames(image, video)
     model = _load(name, device=device, dtype=getattr(torch, dtype) if dtype else None)
     if not isinstance(model, Generator):
-        raise InputError(f"{name} answers questions; `mmzoo list` shows the models that generate.")
+        raise InputError(f"{name} answers questions; `mmzoo list --task text-to-video` shows models that make clips.")
     wanted = {"seed": seed, "steps": steps, "given": given, **_prompts(prompt or [], switch or [], model.fps)}
     options = {option: value for option, value in wanted.items() if value is not None}
     parts = (

@@ -94,7 +94,7 @@ def without_kernel_advice() -> Iterator[None]:
     """Imports diffusers without what its bitsandbytes says on some CPUs of 4-bit weights, which no generator has."""
 
     def other(record: logging.LogRecord) -> bool:
-        return not record.msg.startswith("Failed to load CPU gemm_4bit_forward")
+        return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.addFilter(other)
