@@ -14,6 +14,9 @@ from mmzoo.registry import Entry
 if TYPE_CHECKING:
     from mmzoo.masks import Rule
 
+WORLD = "world"
+"""The benchmark of models that know the synthetic world alone."""
+
 
 def in_docs(rule: str) -> str:
     """Where the picture of a rule lies, as seen from `model_cards/`."""
@@ -27,6 +30,7 @@ def card(
     rules: Mapping[str, Sequence[Rule]] | None = None,
     scores: Sequence[Mapping[str, Any]] = (),
     recipes: Sequence[str] = (),
+    benchmark: str | None = None,
     pictures: Callable[[str], str] = in_docs,
 ) -> str:
     """README.md of a model: metadata as the Hub reads it, facts, the rule, its use, prose, what was measured.
@@ -37,6 +41,7 @@ def card(
         rules: where a mask rules -> its rules; those of the entry's names if None.
         scores: as `mmzoo.publishing.read_scores` gives them.
         recipes: names of the recipes that train it.
+        benchmark: what it is scored on; if None, by where its weights are and its task.
         pictures: name of a rule -> where its picture lies.
     """
     prose = resources.files("mmzoo") / "assets" / "cards" / f"{entry.name}.md"
@@ -76,32 +81,57 @@ def card(
         lines += [f"The {where} as mmzoo declares it:", "", "```", *(repr(one) for one in given), "```", ""]
         shown = pictures(given[0].name if len(given) == 1 else entry.rule)
         lines += [f"![The {where}, queries downwards and keys to the right]({shown})", ""]
-    lines += _use(entry, address, recipes)
+    lines += _use(entry, address, recipes, benchmark or _benchmark(entry))
     lines += ["## About", "", *prose.read_text().strip().split("\n"), ""] if prose.is_file() else []
     lines += _measured(scores, entry if address is None else None)
     return "\n".join(lines[:-1]) + "\n"
 
 
-def _use(entry: Entry, address: str | None, recipes: Sequence[str]) -> list[str]:
+def _benchmark(entry: Entry) -> str:
+    if (entry.weights or "").startswith("package:"):
+        return WORLD
+    return "pope" if entry.task == "image-text-to-text" else "mvbench"
+
+
+def _use(entry: Entry, address: str | None, recipes: Sequence[str], benchmark: str) -> list[str]:
     """How to load, train and evaluate it."""
     load = f'model = mmzoo.load("{address or entry.name}"' + (")" if entry.weights else ", weights=None)")
     if entry.library == "diffusers":
-        return ["## Use", "", "```python", "import mmzoo", "", load, "```", "", *_commands(entry, address, recipes)]
+        return [
+            "## Use",
+            "",
+            "```python",
+            "import mmzoo",
+            "",
+            load,
+            "```",
+            "",
+            *_commands(entry, address, recipes, benchmark),
+        ]
     source = "picture.png" if entry.task == "image-text-to-text" else "clip.mp4"
     ask = f'model.ask("{source}", "what colour is the square")'
-    return ["## Use", "", "```python", "import mmzoo", "", load, ask, "```", "", *_commands(entry, address, recipes)]
+    return [
+        "## Use",
+        "",
+        "```python",
+        "import mmzoo",
+        "",
+        load,
+        ask,
+        "```",
+        "",
+        *_commands(entry, address, recipes, benchmark),
+    ]
 
 
-def _commands(entry: Entry, address: str | None, recipes: Sequence[str]) -> list[str]:
+def _commands(entry: Entry, address: str | None, recipes: Sequence[str], benchmark: str) -> list[str]:
     name = address or entry.name
     lines = [f"mmzoo fit --config {recipe}" for recipe in recipes]
     if entry.library == "diffusers":
         lines += [f"mmzoo generate {name} --out made.mp4"] if entry.weights else []
-    elif entry.weights and entry.weights.startswith("package:"):
-        lines.append(f"mmzoo eval run {name} world --batch-size 8")
     elif entry.weights:
-        benchmark = "pope" if entry.task == "image-text-to-text" else "mvbench"
-        lines.append(f"mmzoo eval run {name} {benchmark} --data ANNOTATIONS --media FOLDER --device cuda")
+        asked = "--batch-size 8" if benchmark == WORLD else "--data ANNOTATIONS --media FOLDER --device cuda"
+        lines.append(f"mmzoo eval run {name} {benchmark} {asked}")
     return ["```bash", *lines, "```", ""] if lines else []
 
 

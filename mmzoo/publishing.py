@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmzoo import hub, integrity
 from mmzoo.attention import draw_example
-from mmzoo.cards import adapter_card, card
+from mmzoo.cards import WORLD, adapter_card, card
 from mmzoo.errors import InputError
 
 if TYPE_CHECKING:
@@ -111,7 +111,15 @@ def describe(
     entry = replace(
         entry, name=title, weights=address, license=license or entry.license, datasets=(*entry.datasets, *datasets)
     )
-    return card(entry, address=address, rules=_rules(model), scores=scores, pictures=lambda rule: f"{rule}.png")
+    ours = source is not None and (source.weights or "").startswith("package:")
+    return card(
+        entry,
+        address=address,
+        rules=_rules(model),
+        scores=scores,
+        benchmark=WORLD if ours else None,
+        pictures=lambda rule: f"{rule}.png",
+    )
 
 
 def draw_masks(model: MultimodalLM, folder: Path) -> None:

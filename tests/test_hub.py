@@ -387,6 +387,7 @@ def test_the_card_of_a_registered_model(tmp_path: Path) -> None:
     assert metadata["datasets"] == ["org/clips"]
     assert {"mmzoo", "modality-mutual", "sequential", "arxiv:2503.02597"} <= set(metadata["tags"])
     assert card.startswith("---\n") and "# aki-nano\n" in card and 'mmzoo.load("hf-hub:org/nano")' in card
+    assert "mmzoo eval run hf-hub:org/nano world" in card  # it knows nothing else
 
 
 def test_the_card_of_a_model_made_from_another(base: str, server: Hub, tmp_path: Path) -> None:
