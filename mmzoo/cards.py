@@ -96,32 +96,11 @@ def _benchmark(entry: Entry) -> str:
 def _use(entry: Entry, address: str | None, recipes: Sequence[str], benchmark: str) -> list[str]:
     """How to load, train and evaluate it."""
     load = f'model = mmzoo.load("{address or entry.name}"' + (")" if entry.weights else ", weights=None)")
-    if entry.library == "diffusers":
-        return [
-            "## Use",
-            "",
-            "```python",
-            "import mmzoo",
-            "",
-            load,
-            "```",
-            "",
-            *_commands(entry, address, recipes, benchmark),
-        ]
-    source = "picture.png" if entry.task == "image-text-to-text" else "clip.mp4"
-    ask = f'model.ask("{source}", "what colour is the square")'
-    return [
-        "## Use",
-        "",
-        "```python",
-        "import mmzoo",
-        "",
-        load,
-        ask,
-        "```",
-        "",
-        *_commands(entry, address, recipes, benchmark),
-    ]
+    lines = ["## Use", "", "```python", "import mmzoo", "", load]
+    if entry.library != "diffusers":
+        source = "picture.png" if entry.task == "image-text-to-text" else "clip.mp4"
+        lines.append(f'model.ask("{source}", "what colour is the square")')
+    return [*lines, "```", "", *_commands(entry, address, recipes, benchmark)]
 
 
 def _commands(entry: Entry, address: str | None, recipes: Sequence[str], benchmark: str) -> list[str]:

@@ -22,6 +22,8 @@ from mmzoo.registry import tasks
 from mmzoo_eval.cli import app as eval_app
 
 if TYPE_CHECKING:
+    import torch
+
     from mmzoo.asking import Answer
     from mmzoo.language import MultimodalLM
     from mmzoo_training.claims import Claim
@@ -209,11 +211,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="of all noise")] = 0,
     steps: Annotated[int | None, typer.Option(help="denoising steps; the family's own if left out")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...; the checkpoint's own if left out")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a clip of this name")] = False,
 ) -> None:
-    """Make a clip. After an interrupt the same command goes on where it was; clip.growing.mp4 shows what is there."""
-    import torch
+    """Make a clip. After an interrupt the same command goes on where it was; made.growing.mp4 shows what is there."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mmzoo.generating import check_output
@@ -223,10 +224,8 @@ def generate(
     if out.exists() and any(given is not None and given.exists() and out.samefile(given) for given in (image, video)):
         raise InputError(f"{out} is what the clip would go on from. Take another name.")
     check_output(out, overwrite)
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise InputError(f"--dtype is float32, bfloat16 or float16, not {dtype}.")
-    given = _given_frames(image, video)
-    model = _load(name, device=device, dtype=getattr(torch, dtype) if dtype else None)
+    precision, given = named_dtype(dtype), _given_frames(image, video)
+    model = _load(name, device=device, dtype=precision)
     if not isinstance(model, Generator):
         raise InputError(f"{name} answers questions; `mmzoo list --task text-to-video` shows models that make clips.")
     wanted = {"seed": seed, "steps": steps, "given": given, **_prompts(prompt or [], switch or [], model.fps)}
@@ -317,15 +316,11 @@ def convert(
     verify: Annotated[bool, typer.Option(help="check the digests of a checkpoint that holds some")] = True,
 ) -> None:
     """Write a checkpoint of any layout that mmzoo reads in its own, with digests and a card."""
-    import torch
-
     from mmzoo import hub
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in dtypes:
-        raise InputError(f"dtype is {', '.join(dtypes)}, not {dtype!r}.")
+    precision = named_dtype(dtype)
     with console.status(f"converting {source}"):
-        where = hub.convert(source, folder, name, dtype=dtypes[dtype] if dtype else None, verify=verify)
+        where = hub.convert(source, folder, name, dtype=precision, verify=verify)
     console.print(f"written to {where}", soft_wrap=True)
 
 
@@ -441,6 +436,16 @@ def _load(name: str, **options: Any) -> MultimodalLM:
     logging.disable_progress_bar()
     with console.status(f"loading {name}"):
         return mmzoo.load(name, **options)
+
+
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """What --dtype names, if anything. Raises InputError for another name."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise InputError(f"--dtype is {', '.join(dtypes)}, not {name!r}.")
+    return dtypes[name] if name else None
 
 
 def _load_answering(name: str, **options: Any) -> MultimodalLM:

@@ -13,7 +13,7 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def _key(model: Generator, num_frames: int, options: dict[str, Any]) -> str:
     """What decides a clip."""
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     decided = [model, num_frames, options, config, model.attention, getattr(model, "_parts", {})]
-    return hashlib.sha256(json.dumps(_told(decided), default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_told(decided)).encode()).hexdigest()
 
 
 def _told(value: Any) -> Any:
@@ -124,9 +124,9 @@ def _told(value: Any) -> Any:
         return weights_sha256({"": value})
     if isinstance(value, Mapping):
         return {str(name): _told(one) for name, one in sorted(value.items())}
-    if isinstance(value, list | tuple):
-        return [_told(one) for one in value]
-    return value if isinstance(value, str | int | float | None) else type(value).__name__
+    if isinstance(value, str | int | float | None):
+        return value
+    return [_told(one) for one in value] if isinstance(value, Sequence) else type(value).__name__
 
 
 def _resume(rollout: Rollout, parts: Path, key: str) -> None:

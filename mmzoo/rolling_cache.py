@@ -22,10 +22,8 @@ from torch import Tensor
 
 from mmzoo.attention.compiler import allowed
 from mmzoo.errors import InputError
-from mmzoo.layout import Modality, Role, TokenLayout, lay_out, video
+from mmzoo.layout import PADDING, Modality, Role, TokenLayout, lay_out, video
 from mmzoo.masks import Rule
-
-FREE = -1
 
 
 def frames_layout(frames: Sequence[int], role: Role = Role.PROMPT) -> TokenLayout:
@@ -64,15 +62,18 @@ class RollingKVCache:
         self.first_frame = first_frame
         self.frames: list[int] = []
         self.block: list[int] = []
+        self.oldest = first_frame
 
-    def begin(self, frames: Sequence[int], *, keep_sink: bool = False) -> None:
+    def begin(self, frames: Sequence[int], *, keep_sink: bool = False, oldest: int | None = None) -> None:
         """Begin a pass over a block of frames.
 
         Args:
             frames: their numbers, ascending. Where not all find a slot, because the sink and the block do not fit into
                 the window together, the oldest are left out: they see, but are not seen.
             keep_sink: leave what the sink holds already as it is, and let it be seen in place of what the block has.
+            oldest: the first frame that is still seen, where earlier ones may have slots; the first of all if None.
         """
+        self.oldest = self.first_frame if oldest is None else oldest
         kept = set(self.frames[: self.sink]) if keep_sink else set()
         self.block, slots = list(frames), {}
         for frame in reversed(self.block):
@@ -158,8 +159,10 @@ class RollingKVCache:
 
     @property
     def layout(self) -> TokenLayout:
-        """The layout [1, S, K] of the slots, a token a frame, by numbers from `first_frame` on."""
-        return frames_layout([frame - self.first_frame for frame in self.frames])
+        """The layout [1, S, K] of the slots, a token a frame, by numbers from `first_frame` on; padding where unseen."""
+        layout = frames_layout([frame - self.first_frame for frame in self.frames])
+        unseen = torch.tensor([[frame < self.oldest for frame in self.frames]], dtype=torch.bool)
+        return layout.field("sample", layout.sample.masked_fill(unseen, PADDING))
 
     @property
     def block_layout(self) -> TokenLayout:

@@ -18,8 +18,6 @@ from mmzoo.errors import InputError
 from mmzoo.files import replacing
 
 if TYPE_CHECKING:
-    import torch
-
     from mmzoo_eval.benchmark import Benchmark, Item, Protocol
     from mmzoo_eval.runner import Run
 
@@ -85,6 +83,7 @@ def run(
 ) -> None:
     """Ask a model everything of a benchmark; the score names its protocol."""
     import mmzoo
+    from mmzoo.cli import named_dtype  # which imports this module
     from mmzoo.language import MultimodalLM
     from mmzoo_eval.asking import Media
     from mmzoo_eval.benchmarks import benchmark as find
@@ -95,7 +94,7 @@ def run(
     chosen = _protocol(found, protocol, answers, frames)
     items = _items(found, data)[:limit]
     number, shards = _shard(shard)
-    precision = _dtype(dtype)
+    precision = named_dtype(dtype)
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's own way to say which device is whose
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     with console.status(f"loading {model}"):
@@ -145,15 +144,6 @@ def _shard(given: str | None) -> tuple[int, int]:
     except ValueError as error:
         raise InputError(f"--shard is like 0/4, the first of four; not {given!r}.") from error
     return number, shards
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in dtypes:
-        raise InputError(f"--dtype is {', '.join(dtypes)}, not {name!r}.")
-    return dtypes[name] if name else None
 
 
 def _claim(folder: Path, described: dict[str, Any]) -> None:

@@ -121,8 +121,8 @@ class ViDGPTCache:
 
     def __init__(self, model: ViDGPT):
         config = model.config
-        frames = config.window + config.chunk_frames
-        self.temporal = RollingKVCache(config.num_layers, frames)
+        self.window = config.window
+        self.temporal = RollingKVCache(config.num_layers, config.window + config.chunk_frames)
         self.first = config.prefix_attention == "first-frame"
         self.look_back = 1 if self.first else config.prefix_frames
         self.context: RollingKVCache | None = None
@@ -137,7 +137,7 @@ class ViDGPTCache:
 
     def begin(self, numbers: range, writes: bool) -> None:
         """Begin a pass over a block, which `writes` clean frames or denoises."""
-        self.temporal.begin(numbers)
+        self.temporal.begin(numbers, oldest=numbers[0] - self.window)
         self.keeps = writes and self.context is not None and not (self.first and self.context.frames)
         if self.context is not None and self.keeps:
             self.context.begin(numbers[:1] if self.first else numbers[-self.look_back :])
@@ -528,8 +528,6 @@ class ViDGPT(Generator):
             keys = cache.temporal.layout
         opened = allowed(self.rule, layout, keys)[0]
         if cache is not None:
-            held = torch.tensor(cache.temporal.frames, device="cpu")
-            opened = opened & (held >= first - self.config.window)  # a short block leaves slots to older frames
             there, here = cache.temporal.ranks(opened)
         rotation = (self._turn(here), self._turn(there)) if self.config.temporal_positions == "rope" else None
         return None if bool(opened.all()) else opened, rotation

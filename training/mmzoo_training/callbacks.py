@@ -272,8 +272,8 @@ class SampleAnswers(Callback):
     """What the model says to a few questions of the validation set, each time it is validated, and where it looked.
 
     The log folder has `answers.jsonl`, and for the first question `mask.png`, the mask over its tokens if they are few
-    enough to be drawn, and
-    `attention-STEP.png`, the frames where its answer looked. TensorBoard and W&B get answers and attention too.
+    enough to be drawn, and `attention-STEP.png`, the frames where its answer looked. TensorBoard and W&B get answers
+    and attention too.
 
     A sharded model (FSDP2, ZeRO's stage 3) answers on all processes together, the questions of the first.
 
