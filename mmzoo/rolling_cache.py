@@ -159,7 +159,7 @@ class RollingKVCache:
 
     @property
     def layout(self) -> TokenLayout:
-        """The layout [1, S, K] of the slots, a token a frame, by numbers from `first_frame` on; padding where unseen."""
+        """The layout [1, S, K] of the slots, a token each, by numbers from `first_frame` on; the unseen are padding."""
         layout = frames_layout([frame - self.first_frame for frame in self.frames])
         unseen = torch.tensor([[frame < self.oldest for frame in self.frames]], dtype=torch.bool)
         return layout.field("sample", layout.sample.masked_fill(unseen, PADDING))
